@@ -1,0 +1,78 @@
+# `make demo` and `make test` are complete on a machine with make and Python 3.11 to 3.14:
+# each first builds $(VENV) from requirements.lock, once.
+#
+#   make test ARGS="-k calibration"                           arguments for the command behind a target
+#   make test VENV=.venv-newest PYTHON=/path/to/python3.13    a second environment
+
+VENV ?= .venv
+# The first of these that runs and fits makes the environment.
+PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV_VERSION := 0.13.9
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+# pyright runs the copy inside its own wheel instead of downloading one.
+export PYRIGHT_PYTHON_USE_BUNDLED_PYRIGHT = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench lock clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	  | while IFS='|' read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
+
+demo: $(STAMP)  ## train a small model on the CPU, minutes: progress, table and figures
+	@$(BIN)/python run.py train configs/reverse_digits.py $(ARGS)
+
+test: $(STAMP)  ## run the whole test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff check, ruff format --check, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)  ## time a step of every regime
+	@$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+lock:  ## resolve requirements.lock anew from pyproject.toml (newer versions: ARGS=--upgrade)
+	@$(call make_environment,.venv-lock)
+	@.venv-lock/bin/python -m pip install -qq uv==$(UV_VERSION)
+	@.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	  --extra test --extra dev --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	  $(ARGS) pyproject.toml -o requirements.lock
+
+clean:  ## remove environments, caches and build outputs; runs/ stays
+	rm -rf .venv .venv-* build dist .cache .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Makes the environment $(1) from the first Python that fits, unless it is there already.
+define make_environment
+fits='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; \
+if ! $(1)/bin/python -c "$$fits" 2>/dev/null; then \
+  chosen=; \
+  for candidate in $(PYTHON); do \
+    if "$$candidate" -c "$$fits" 2>/dev/null; then chosen=$$candidate; break; fi; \
+  done; \
+  if [ -z "$$chosen" ]; then \
+    echo "occ_jax needs Python 3.11 to 3.14, found none as: $(PYTHON)." \
+      "Name one: make PYTHON=/path/to/python3.11" >&2; \
+    exit 1; \
+  fi; \
+  "$$chosen" -m venv $(1) || exit 1; \
+fi; \
+$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip >/dev/null
+endef
+
+# The lock is complete, hence --no-deps; hatchling, which builds the editable install, is in it.
+$(STAMP): requirements.lock pyproject.toml
+	@$(call make_environment,$(VENV))
+	@echo "Installing requirements.lock into $(VENV) (once, about a minute)"
+	@$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements.lock
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@

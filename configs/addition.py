@@ -1,0 +1,19 @@
+"""Add two three-digit numbers, "086+986=" -> "2701" (units first): the comparison of the regimes.
+
+    python run.py compare configs/addition.py --seeds 3
+
+Hardware: 2 CPU cores.
+"""
+
+from occ_jax.config import Config, RolloutConfig, RunConfig, TaskConfig, WarmStartConfig
+
+
+def get_config() -> Config:
+    return Config(
+        task=TaskConfig(name="addition", digits=3),
+        warm_start=WarmStartConfig(steps=360),
+        rollout=RolloutConfig(num_prompts=32, group_size=16, max_new_tokens=5),
+        run=RunConfig(
+            directory="runs/addition", steps=140, evaluate_every=10, evaluation_prompts=1024
+        ),
+    )

@@ -1,0 +1,142 @@
+"""Saving and restoring all that a run needs to go on as if it had never stopped.
+
+A checkpoint holds parameters, optimizer state (the coefficient and its EMAs in it), step counters,
+the random key and the data iterator's position. Orbax writes to a temporary directory and renames
+it when it is whole, so a checkpoint is either complete or not there, whatever kills the process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from occ_jax.errors import UserError
+from occ_jax.types import Params, TrainState
+
+_STEP = re.compile(r"\d+")
+
+
+def open_manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    """A manager of `directory`/<step>/, keeping the `keep` newest checkpoints."""
+    return ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, data: grain.DatasetIterator[Any]
+) -> None:
+    """Writes the checkpoint of `step`; returns when it is complete on disk."""
+    rest = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(rest),
+            data=grain.checkpoint.CheckpointSave(data),
+        ),
+    )
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    like: TrainState,
+    data: grain.DatasetIterator[Any],
+) -> TrainState:
+    """Reads the checkpoint of `step` into the shapes, types and shardings of `like`.
+
+    Args:
+        manager: from `open_manager`.
+        step: one of `manager.all_steps()`.
+        like: from `occ_jax.rl.train_step.abstract_state`.
+        data: an iterator over the same data set; moved to the saved position.
+
+    Raises:
+        UserError: the files are damaged or of another model.
+    """
+    key = jax.eval_shape(jax.random.key_data, like.key)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
+    rest = {"opt_state": like.opt_state, "step": like.step, "key": key}
+    with _readable(Path(manager.directory) / str(step)):
+        found = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                rest=ocp.args.StandardRestore(rest),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+    return TrainState(
+        params=found["params"],
+        opt_state=found["rest"]["opt_state"],
+        step=found["rest"]["step"],
+        key=jax.random.wrap_key_data(found["rest"]["key"]),
+    )
+
+
+def save_params(directory: Path, params: Params) -> None:
+    """Writes parameters alone, atomically, as item "params" of a checkpoint."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            directory.absolute(),
+            args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
+            force=True,
+        )
+
+
+def restore_params(directory: Path, like: Params) -> Params:
+    """Reads the parameters of any checkpoint into the shapes and shardings of `like`.
+
+    Raises:
+        UserError: the files are damaged or of another model.
+    """
+    with _readable(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(
+            directory.absolute(),
+            args=ocp.args.Composite(params=ocp.args.StandardRestore(like)),
+        ).params
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run directory, or `path` itself where it is a checkpoint.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if (path / "params").is_dir():
+        return path
+    steps = path / "checkpoints"
+    complete = (
+        [entry for entry in steps.iterdir() if _STEP.fullmatch(entry.name)]
+        if steps.is_dir()
+        else []
+    )
+    if not complete:
+        raise UserError(
+            f"no checkpoint at {path}; give a run directory or one of its checkpoints/<step>"
+        )
+    return max(complete, key=lambda entry: int(entry.name))
+
+
+@contextmanager
+def _readable(directory: Path) -> Generator[None]:
+    """Whatever a reader of damaged files raises, as one line that names them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint {directory} cannot be read; it is damaged or of another model "
+            f"({type(error).__name__}: {reason})"
+        ) from error

@@ -1,0 +1,230 @@
+"""train, compare, evaluate, generate: arguments in, exit status out.
+
+A user's mistake becomes one line on standard error and status 2, before any compute is spent.
+Heavy imports happen after the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from occ_jax.config import Config, differences
+from occ_jax.errors import UserError
+from occ_jax.runtime import keep_freed_memory
+
+if TYPE_CHECKING:
+    from occ_jax.models import Model
+    from occ_jax.types import Params
+
+_OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the process's exit status."""
+    keep_freed_memory()
+    try:
+        command, config, options = _parse(list(arguments))
+        command(config, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Runs a config file's `get_config()` and applies command-line overrides.
+
+    Args:
+        path: a Python file that defines `get_config() -> Config`.
+        overrides: such as ["--optimizer.learning-rate", "3e-6"].
+
+    Raises:
+        UserError: no such file, no `get_config`, an unknown field, a value that is not allowed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}")
+    get_config = runpy.run_path(path).get("get_config")
+    if not callable(get_config):
+        raise UserError(f"{path} defines no function get_config()")
+    config = get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} returns no occ_jax.config.Config")
+    import tyro
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                Config, default=config, args=list(overrides), prog=f"run.py train {path}"
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(captured.getvalue())) from None
+
+
+def _one_line(boxed: str) -> str:
+    """What a boxed message says before its first rule, and the field it suggests."""
+    text = [line.strip("│╭╰╮╯ ") for line in boxed.splitlines()]
+    body = [line for line in text if line and not line.startswith("─")]
+    rules = [i for i, line in enumerate(text) if line.startswith("─") and i > 0]
+    said = " ".join(text[1 : rules[0]] if rules else body).strip()
+    suggestion = re.search(r"(?:meant|similar)[^-]*(--[\w.-]+)", " ".join(body))
+    return said + (f"; did you mean {suggestion.group(1)}?" if suggestion else "")
+
+
+def _parse(
+    arguments: list[str],
+) -> tuple[Callable[[Config, argparse.Namespace], None], Config, argparse.Namespace]:
+    parser = _Parser(prog="run.py", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def add(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=_OVERRIDES, allow_abbrev=False
+        )
+        sub.add_argument("config", metavar="CONFIG", help="a Python file with get_config()")
+        sub.set_defaults(run=run)
+        return sub
+
+    add("train", _train, "train, or go on with, the run in --run.directory")
+    compare = add("compare", _compare, "every regime from one starting policy: table and figures")
+    compare.add_argument("--seeds", type=_positive, default=3, help="seeds a regime (3)")
+    compare.add_argument("--exact", action="store_true", help="also occ with exact gradients")
+    evaluate = add("evaluate", _evaluate, "accuracy, exact objective and acceptance")
+    generate = add("generate", _generate, "prompts in, completions out")
+    for sub in (evaluate, generate):
+        sub.add_argument(
+            "--checkpoint", required=True, help="a run directory, or one of its checkpoints/<step>"
+        )
+    evaluate.add_argument("--prompts", type=_positive, default=1024, help="questions (1024)")
+    evaluate.add_argument("--samples", type=_positive, default=16, help="completions each (16)")
+    evaluate.add_argument("--json", type=Path, help="also write the figures to this file")
+    generate.add_argument(
+        "--prompt", action="append", help="a prompt such as 314159=; default: five of the task's"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
+    )
+    options, rest = parser.parse_known_args(arguments)
+    return options.run, load_config(options.config, rest), options
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _train(config: Config, _: argparse.Namespace) -> None:
+    from occ_jax.metrics import read_rows
+    from occ_jax.progress import Progress
+    from occ_jax.report import run_report, write_figures
+    from occ_jax.train import train
+
+    train(config, Progress())
+    directory = Path(config.run.directory)
+    rows = read_rows(directory / "metrics.jsonl")
+    figures = write_figures({_name(config): [rows]}, directory / "figures")
+    print(run_report(rows, _name(config)))
+    print("figures  " + "  ".join(str(path) for path in figures))
+
+
+def _name(config: Config) -> str:
+    mtp = config.mtp
+    return f"occ/{mtp.estimator}" if mtp.regime == "occ" else mtp.regime
+
+
+def _compare(config: Config, options: argparse.Namespace) -> None:
+    from occ_jax.compare import compare
+    from occ_jax.progress import Progress
+
+    print(compare(config, seeds=options.seeds, exact=options.exact, progress=Progress()))
+
+
+def _evaluate(config: Config, options: argparse.Namespace) -> None:
+    import jax
+
+    from occ_jax.evaluate import evaluate, summarise
+    from occ_jax.metrics import write_json
+    from occ_jax.sharding import make_mesh
+
+    model, params = _load(config, Path(options.checkpoint))
+    evaluation = evaluate(
+        model,
+        config,
+        make_mesh(config.mesh),
+        params,
+        jax.random.key(config.run.seed),
+        num_prompts=options.prompts,
+        num_samples=options.samples,
+    )
+    figures = summarise(evaluation)
+    for name, value in figures.items():
+        print(f"{name.removeprefix('val/'):28} {value:.4f}")
+    if options.json:
+        try:
+            write_json(options.json, figures)
+        except OSError as error:
+            raise UserError(f"{options.json} cannot be written: {error.strerror}") from error
+
+
+def _generate(config: Config, options: argparse.Namespace) -> None:
+    from occ_jax.generate import generate
+
+    if options.temperature < 0:
+        raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
+    model, params = _load(config, Path(options.checkpoint))
+    for prompt, completion in generate(
+        model,
+        config,
+        params,
+        prompts=options.prompt,
+        temperature=options.temperature,
+    ):
+        print(f"{prompt}{completion}")
+
+
+def _load(config: Config, path: Path) -> tuple[Model, Params]:
+    """The parameters of a checkpoint, after checking that they are of the configured model."""
+    from occ_jax.checkpoint import find_checkpoint, restore_params
+    from occ_jax.config import computation
+    from occ_jax.models import Model
+    from occ_jax.rl.train_step import abstract_state
+    from occ_jax.sharding import make_mesh
+    from occ_jax.train import check_task_fits, load_config
+
+    check_task_fits(config)
+    checkpoint = find_checkpoint(path)
+    owner = checkpoint.parent.parent
+    if (owner / "config.json").exists():
+        trained = load_config(owner)
+        changed = [name for name in differences(trained, config) if name.startswith("model.")]
+        if changed:
+            raise UserError(
+                f"{checkpoint} is of another model: "
+                + ", ".join(
+                    f"{name} is {getattr(trained.model, name[6:])!r} there, "
+                    f"{getattr(config.model, name[6:])!r} here"
+                    for name in changed
+                )
+            )
+    model, mesh = Model(config.model), make_mesh(config.mesh)
+    like = abstract_state(model, computation(config), mesh).params
+    return model, restore_params(checkpoint, like)

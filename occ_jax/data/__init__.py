@@ -1,0 +1,1 @@
+"""Where prompts come from: tasks, the tokenizer, grain pipelines."""

@@ -1,0 +1,211 @@
+"""How good a policy is: sampled accuracy, the exact objective, how well its modules draft."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from occ_jax.config import Config, computation
+from occ_jax.data.pipeline import encode_completions, encode_prompts, evaluation_examples
+from occ_jax.data.tasks import Example, has_unique_completion
+from occ_jax.data.tokenizer import EOS_ID, PAD_ID
+from occ_jax.models.model import Model
+from occ_jax.models.scoring import (
+    auxiliary_masks,
+    auxiliary_states,
+    token_log_probs,
+    trunk_states,
+)
+from occ_jax.rewards.exact_match import exact_match
+from occ_jax.rollout.sampler import sample
+from occ_jax.sharding import rows
+from occ_jax.types import Params, Rollout
+
+
+class Evaluation(NamedTuple):
+    """Records of one evaluation; `summarise` makes the figures of them."""
+
+    scores: np.ndarray  # float32 [Q, n], reward of each completion of each question
+    objective: np.ndarray | None  # float32 [Q], probability of the right completion
+    agreement: np.ndarray  # float32 [K], module k's top-1 agreement with the main head
+    lengths: np.ndarray  # int [Q, n], completion tokens
+    truncated: float  # share of completions without an end
+
+
+def evaluate(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    key: Key[Array, ""],
+    *,
+    num_prompts: int,
+    num_samples: int,
+) -> Evaluation:
+    """Evaluates on the first prompts of the task's evaluation split.
+
+    Args:
+        model: the architecture.
+        config: task, rollout (temperature, length).
+        mesh: where `params` lie.
+        params: trunk and modules.
+        key: of the sampling.
+        num_prompts: Q.
+        num_samples: n, completions a question.
+    """
+    examples = evaluation_examples(config.task, num_prompts)
+    chunk = _prompts_a_call(config, num_samples)
+    scores: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    objectives: list[np.ndarray] = []
+    agree = np.zeros((2, model.config.num_mtp_modules))
+    complete = 0
+    sampler = _sampler(model, computation(config), mesh, num_samples)
+    for start in range(0, num_prompts, chunk):
+        part = examples[start : start + chunk]
+        padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
+        prompts, valid = jax.device_put(encode_prompts(config.task, padded), rows(mesh))
+        rollout, matches, counts = sampler(params, prompts, valid, jax.random.fold_in(key, start))
+        shape = (chunk, num_samples, config.rollout.max_new_tokens)
+        tokens = np.asarray(rollout.tokens)[:, -shape[2] :].reshape(shape)[: len(part)]
+        mask = np.asarray(rollout.response_mask).reshape(shape)[: len(part)]
+        scores.append(exact_match(config.task, part, tokens))
+        masks.append(mask)
+        complete += int(np.sum(np.any((tokens == EOS_ID) & mask, axis=-1)))
+        agree += np.stack([np.asarray(matches), np.asarray(counts)])
+        if has_unique_completion(config.task):
+            objectives.append(exact_objective(model, config, mesh, params, padded)[: len(part)])
+    lengths = np.concatenate(masks).sum(-1)
+    return Evaluation(
+        scores=np.concatenate(scores),
+        objective=np.concatenate(objectives) if objectives else None,
+        agreement=agree[0] / np.maximum(agree[1], 1),
+        lengths=lengths,
+        truncated=1.0 - complete / lengths.size,
+    )
+
+
+def exact_objective(
+    model: Model, config: Config, mesh: Mesh, params: Params, examples: Sequence[Example]
+) -> np.ndarray:
+    """pi_theta(right completion | prompt) of every example, by teacher forcing.
+
+    Where exactly one completion is right this *is* the expected reward at temperature 1, without
+    sampling noise.
+
+    Returns:
+        float32 [len(examples)], probabilities.
+    """
+    prompts, prompt_valid = encode_prompts(config.task, examples)
+    completions, mask = encode_completions(config.task, examples)
+    tokens = np.concatenate([prompts, completions], axis=1)
+    valid = np.concatenate([prompt_valid, mask], axis=1)
+    score = _answer_probability(model, mask.shape[1])
+    return np.asarray(score(params["trunk"], *jax.device_put((tokens, valid), rows(mesh))))
+
+
+def summarise(evaluation: Evaluation) -> dict[str, float]:
+    """Means and 95% intervals clustered by question.
+
+    avg@n = mean over questions of the share of right completions, SE = std / sqrt(Q) over
+    questions; pass@n = share of questions with a right completion; the objective likewise.
+    """
+    samples = evaluation.scores.shape[1]
+    per_question = evaluation.scores.mean(axis=1)
+    figures = {
+        f"val/avg@{samples}": float(per_question.mean()),
+        f"val/avg@{samples}_ci95": half_width(per_question),
+        "val/accuracy": float(per_question.mean()),
+        f"val/pass@{samples}": float(evaluation.scores.max(axis=1).mean()),
+        "val/response_length/mean": float(evaluation.lengths.mean()),
+        "val/response_length/clip_ratio": evaluation.truncated,
+    }
+    if evaluation.objective is not None:
+        figures["val/objective"] = float(evaluation.objective.mean())
+        figures["val/objective_ci95"] = half_width(evaluation.objective)
+    for k, value in enumerate(evaluation.agreement):
+        figures[f"val/agreement_{k + 1}"] = float(value)
+    return figures
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half of the normal 95% confidence interval of a mean; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def _prompts_a_call(config: Config, num_samples: int) -> int:
+    """Prompts that make about as many rows as a training rollout, and divide over the mesh."""
+    shards = config.mesh.data * config.mesh.fsdp
+    wanted = config.rollout.num_prompts * config.rollout.group_size // num_samples
+    return max(1, wanted // shards) * shards
+
+
+@functools.lru_cache(maxsize=16)
+def _sampler(
+    model: Model, config: Config, mesh: Mesh, num_samples: int
+) -> Callable[..., tuple[Rollout, Array, Array]]:
+    """Samples and counts, per module, agreements with the main head over its own tokens."""
+
+    def run(
+        params: Params, prompts: Int[Array, "N P"], valid: Bool[Array, "N P"], key: Key[Array, ""]
+    ) -> tuple[Rollout, Float[Array, " K"], Float[Array, " K"]]:
+        rollout = sample(
+            model,
+            params,
+            prompts,
+            valid,
+            key,
+            group_size=num_samples,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+        )
+        matches, counts = _agreement(model, params, rollout)
+        return rollout, matches, counts
+
+    return jax.jit(run)
+
+
+def _agreement(
+    model: Model, params: Params, rollout: Rollout
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    """Tokens on which each module's most probable token is the main head's, and all its tokens."""
+    depth, response = model.config.num_mtp_modules, rollout.response_mask.shape[1]
+    if depth == 0:
+        return jnp.zeros(0), jnp.zeros(0)
+    states = trunk_states(model, params["trunk"], rollout.tokens, rollout.valid)
+    heads = auxiliary_states(
+        model, params, states.mtp_input, rollout.tokens, rollout.valid, response
+    )
+    main = jnp.argmax(model.logits(params["trunk"], states.hidden[:, -response:]), axis=-1)
+    drafts = jnp.stack([jnp.argmax(model.logits(params["trunk"], h), axis=-1) for h in heads])
+    masks = auxiliary_masks(rollout.valid, rollout.response_mask, depth)
+    matches = masks & (drafts == main[None])
+    return (
+        jnp.sum(matches, axis=(1, 2), dtype=jnp.float32),
+        jnp.sum(masks, axis=(1, 2), dtype=jnp.float32),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _answer_probability(model: Model, response: int) -> Callable[..., Array]:
+    def run(
+        theta: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
+    ) -> Float[Array, " B"]:
+        states = trunk_states(model, theta, tokens, valid)
+        logits = model.logits(theta, states.hidden[:, -response:])
+        log_probs = token_log_probs(logits, tokens[:, -response:])
+        return jnp.exp(jnp.sum(jnp.where(valid[:, -response:], log_probs, 0.0), axis=1))
+
+    return jax.jit(run)

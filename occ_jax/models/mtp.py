@@ -1,0 +1,49 @@
+"""One multi-token-prediction module: a projection, a decoder block and three norms.
+
+Its parameters are phi_k, nothing here is shared with the trunk: embeddings come in as an argument
+and the output head is applied outside, so that the caller alone decides where gradients stop.
+
+Slot i of module k reads the trunk's hidden state at column i (for k > 1: module k-1's output at
+slot i) and the embedding of the token in column i+k, and predicts the token in column i+k+1.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from occ_jax.config import ModelConfig
+from occ_jax.models.attention import KVCache
+from occ_jax.models.layers import linear, norm
+from occ_jax.models.transformer import Block
+
+
+class MTPModule(nnx.Module):
+    """g = final_norm(block(projection([norm_e(e), norm_h(h)]))) (DeepSeek-V3, arXiv 2412.19437)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        size = config.hidden_size
+        self.embed_norm = norm(config, size, rngs)
+        self.hidden_norm = norm(config, size, rngs)
+        self.projection = linear(config, 2 * size, size, rngs)
+        self.block = Block(config, rngs)
+        self.final_norm = norm(config, size, rngs)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        embeddings: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: KVCache | None = None,
+        index: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Output after the module's final norm: what the head and the next module read."""
+        pair = [self.embed_norm(embeddings), self.hidden_norm(hidden)]
+        if self.config.mtp_concat == "hidden_embed":
+            pair.reverse()
+        x = self.projection(jnp.concatenate(pair, axis=-1))
+        x, cache = self.block(x, positions, mask, cache, index)
+        return self.final_norm(x), cache

@@ -1,0 +1,1 @@
+"""Rewards: how completions are scored, and what becomes of the scores."""

@@ -1,0 +1,38 @@
+"""Advantages and losses for reinforcement learning from verifiable rewards."""
+
+from occ_jax.rl.advantages import group_advantages, rloo_advantages
+from occ_jax.rl.losses import (
+    AGGREGATIONS,
+    Aggregation,
+    Loss,
+    aggregate,
+    aggregation_denominator,
+    cispo_loss,
+    clipped_policy_loss,
+    distillation_loss,
+    entropy,
+    gspo_loss,
+    kl_penalty,
+    mean,
+    negative_log_likelihood,
+    rollout_correction,
+)
+
+__all__ = [
+    "AGGREGATIONS",
+    "Aggregation",
+    "Loss",
+    "aggregate",
+    "aggregation_denominator",
+    "cispo_loss",
+    "clipped_policy_loss",
+    "distillation_loss",
+    "entropy",
+    "group_advantages",
+    "gspo_loss",
+    "kl_penalty",
+    "mean",
+    "negative_log_likelihood",
+    "rloo_advantages",
+    "rollout_correction",
+]

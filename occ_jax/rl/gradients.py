@@ -1,0 +1,258 @@
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
+"""Gradients of one mini-batch and what the estimators need of them.
+
+One forward pass through the trunk, always. With the coefficient known beforehand (fixed, or of an
+earlier update) the cotangents of all heads are added and pulled back *once*; where c and v^2 are to
+be measured exactly, the trunk's pullback runs once for the policy loss and once a module.
+
+Where gradients stop is visible here and nowhere else. The modules' forward pass runs once; its
+pullback gives cotangents of theta (embedding, output head), phi and the trunk's states. Of the
+auxiliary losses, which train the trunk, phi's is dropped; of the head losses, which train the
+module, all but phi's. What is dropped is not computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from occ_jax.calibration import Statistics, inner_product_statistics
+from occ_jax.config import Config
+from occ_jax.estimators import log_prob_statistics
+from occ_jax.models.model import Model
+from occ_jax.models.scoring import TrunkStates, auxiliary_masks, trunk_states
+from occ_jax.rl.objective import (
+    AuxiliaryOutput,
+    Denominators,
+    HeadMetrics,
+    MainOutput,
+    auxiliary_delta,
+    auxiliary_logits,
+    auxiliary_losses,
+    head_losses,
+    main_loss,
+    mini_batch_denominators,
+)
+from occ_jax.sharding import rows as row_sharding
+from occ_jax.types import Batch, Params, map_rows
+
+
+class Gradients(NamedTuple):
+    """Sums over micro-batches; every field adds up."""
+
+    trunk: Params  # of L_RL, or of L_RL + sum_k lambda_k L_aux,k when pulled back together
+    auxiliary: list[Params]  # of each L_aux,k when pulled back apart, else empty
+    mtp: dict[int, Params]  # of the head losses
+    within: Float[Array, " K"]  # sum_m <g_m, h_mk>, for cross_batch alone
+    proxy: Statistics  # of log-probabilities, 0 unless the estimator asks
+    loss: Float[Array, ""]  # L_RL
+    auxiliary_loss: Float[Array, " K"]
+    applied: Float[Array, " K"]  # the coefficient used, averaged over micro-batches
+    metrics: dict[str, Float[Array, ""]]  # main head, sums over tokens
+    heads: HeadMetrics
+
+
+def apart(config: Config, *, measure: bool) -> bool:
+    """Whether this update needs g and h_k as separate gradients."""
+    return measure and config.mtp.regime == "occ" and config.mtp.estimator in _BY_GRADIENT
+
+
+_BY_GRADIENT = ("exact", "cross_batch")
+
+
+def mini_batch_gradients(
+    model: Model,
+    config: Config,
+    params: Params,
+    batch: Batch,
+    coefficient: Float[Array, " K"],
+    *,
+    measure: bool,
+    mesh: Mesh | None = None,
+) -> Gradients:
+    """Accumulates `Gradients` over the micro-batches by a scan.
+
+    Args:
+        model: the architecture.
+        config: losses, regime, estimator, number of micro-batches M.
+        params: trunk and modules.
+        batch: the mini-batch; rows of one prompt are neighbours, so no group is split.
+        coefficient: lambda known beforehand, ignored where c and v^2 are measured exactly.
+        measure: whether c and v^2 are measured at this update.
+        mesh: the devices that every micro-batch is spread over, None for one.
+    """
+    denominators = mini_batch_denominators(config, batch, model.config.num_mtp_modules)
+
+    def one(piece: Batch) -> Gradients:
+        return _micro_batch_gradients(
+            model, config, params, piece, denominators, coefficient, measure=measure
+        )
+
+    count = config.algorithm.micro_batches
+    if count == 1:
+        return one(batch)
+    pieces = _split(batch, count, mesh)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
+    # Sums of bfloat16 gradients are kept in float32 until they are whole.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(
+        lambda sums, piece: (jax.tree.map(jnp.add, sums, one(piece)), None), zeros, pieces
+    )
+    total = total._replace(applied=total.applied / count)
+    return jax.tree.map(lambda x, shape: x.astype(shape.dtype), total, shapes)
+
+
+def _split(batch: Batch, count: int, mesh: Mesh | None) -> Batch:
+    """Rows [B] to [M, B/M], M in front."""
+
+    def split(x: Array, rows: int) -> Array:
+        shape = (*x.shape[:rows], count, x.shape[rows] // count, *x.shape[rows + 1 :])
+        pieces = jnp.moveaxis(x.reshape(shape), rows, 0)
+        if mesh is None:
+            return pieces
+        # Neighbouring rows lie on few of the devices: left there, a micro-batch would cost each
+        # device as much as the whole mini-batch does. Dealing tokens out again is cheap.
+        return jax.lax.with_sharding_constraint(pieces, row_sharding(mesh, rows + 1))
+
+    return map_rows(split, batch)
+
+
+def _micro_batch_gradients(
+    model: Model,
+    config: Config,
+    params: Params,
+    batch: Batch,
+    denominators: Denominators,
+    coefficient: Float[Array, " K"],
+    *,
+    measure: bool,
+) -> Gradients:
+    theta, phi, depth = params["trunk"], params["mtp"], model.config.num_mtp_modules
+    states, trunk_pullback = jax.vjp(
+        lambda theta: trunk_states(model, theta, batch.tokens, batch.valid), theta
+    )
+    no_hidden, no_input = jnp.zeros_like(states.hidden), jnp.zeros_like(states.mtp_input)
+
+    def pull(direct: Params, hidden: Array, mtp_input: Array) -> Params:
+        """Gradient of theta from a head's own gradient and its cotangents of the trunk states."""
+        (through,) = trunk_pullback(TrunkStates(hidden, mtp_input))
+        return jax.tree.map(jnp.add, direct, through)
+
+    loss, main_pullback, main = jax.vjp(
+        lambda theta, hidden: main_loss(model, config, theta, hidden, batch, denominators),
+        theta,
+        states.hidden,
+        has_aux=True,
+    )
+    direct, d_hidden = main_pullback(jnp.ones_like(loss))
+    gradients = _nothing(depth)._replace(loss=loss, metrics=main.metrics)
+    if depth == 0:
+        return gradients._replace(trunk=pull(direct, d_hidden, no_input))
+
+    logits, modules_pullback = jax.vjp(
+        lambda theta, phi, mtp_input: auxiliary_logits(
+            model, config, {"trunk": theta, "mtp": phi}, mtp_input, batch
+        ),
+        theta,
+        phi,
+        states.mtp_input,
+    )
+    # Of the head losses' cotangents only phi's is kept, of the auxiliary losses' all but phi's.
+    d_logits, heads = _head_cotangents(config, logits, batch, denominators, main, coefficient)
+    gradients = gradients._replace(mtp=modules_pullback(d_logits)[1], heads=heads)
+    if config.mtp.regime == "detach":
+        return gradients._replace(trunk=pull(direct, d_hidden, no_input))
+
+    losses, losses_pullback, auxiliary = jax.vjp(
+        lambda logits: auxiliary_losses(config, logits, batch, denominators, main.log_probs),
+        logits,
+        has_aux=True,
+    )
+
+    def through_modules(weights: Float[Array, " K"]) -> tuple[Params, Array]:
+        """Gradient of theta's embedding and head, and cotangent of the states, of w @ L_aux."""
+        d_theta, _, d_input = modules_pullback(*losses_pullback(weights))
+        return d_theta, d_input
+
+    gradients = gradients._replace(
+        auxiliary_loss=losses, proxy=_proxy(config, main, auxiliary, batch, measure=measure)
+    )
+    if apart(config, measure=measure):
+        trunk = pull(direct, d_hidden, no_input)
+        each = [through_modules(unit) for unit in jnp.eye(depth)]
+        separate = [pull(theta_k, no_hidden, input_k) for theta_k, input_k in each]
+        gradients = gradients._replace(trunk=trunk, auxiliary=separate)
+        if config.mtp.estimator == "exact":
+            return gradients
+        within = inner_product_statistics(trunk, separate).correlation
+        return gradients._replace(within=within)
+    # The released code's coefficient is inside the losses already.
+    weights = coefficient if not _released(config) else jnp.ones(depth)
+    auxiliary_direct, d_input = through_modules(weights)
+    together = jax.tree.map(jnp.add, direct, auxiliary_direct)
+    return gradients._replace(
+        trunk=pull(together, d_hidden, d_input), applied=weights * auxiliary.coefficient
+    )
+
+
+def _nothing(depth: int) -> Gradients:
+    """What a field holds that a regime does not fill."""
+    return Gradients(
+        trunk={},
+        auxiliary=[],
+        mtp={},
+        within=jnp.zeros(depth),
+        proxy=Statistics(jnp.zeros(depth), jnp.zeros((depth, depth))),
+        loss=jnp.zeros(()),
+        auxiliary_loss=jnp.zeros(depth),
+        applied=jnp.zeros(depth),
+        metrics={},
+        heads=HeadMetrics(*(jnp.zeros(depth) for _ in HeadMetrics._fields)),
+    )
+
+
+def _released(config: Config) -> bool:
+    return config.mtp.regime == "occ" and config.mtp.estimator == "released"
+
+
+def _head_cotangents(
+    config: Config,
+    logits: list[Array],
+    batch: Batch,
+    denominators: Denominators,
+    main: MainOutput,
+    coefficient: Float[Array, " K"],
+) -> tuple[list[Array], HeadMetrics]:
+    """Cotangents of the modules' logits from the head losses.
+
+    As published the head sees the policy loss with the trunk's coefficient on it; where there is
+    one (regimes policy and occ), so does head loss "policy". The other losses have weight 1.
+    """
+    scaled = config.mtp.head_loss == "policy" and config.mtp.regime in ("policy", "occ")
+    weights = coefficient if scaled and not _released(config) else jnp.ones_like(coefficient)
+
+    def total(logits: list[Array]) -> tuple[Float[Array, ""], HeadMetrics]:
+        losses, metrics = head_losses(config, logits, batch, denominators, main)
+        return jnp.sum(weights * losses), metrics
+
+    return jax.grad(total, has_aux=True)(logits)
+
+
+def _proxy(
+    config: Config, main: MainOutput, auxiliary: AuxiliaryOutput, batch: Batch, *, measure: bool
+) -> Statistics:
+    """The log-probability statistics of one micro-batch (zeros for every other estimator)."""
+    depth = len(auxiliary.log_probs)
+    if not (measure and config.mtp.regime == "occ" and config.mtp.estimator == "log_prob"):
+        return Statistics(jnp.zeros(depth), jnp.zeros((depth, depth)))
+    return log_prob_statistics(
+        main.log_probs - batch.old_log_probs,
+        auxiliary_delta(config, auxiliary.log_probs, batch),
+        auxiliary_masks(batch.valid, batch.response_mask, depth),
+    )

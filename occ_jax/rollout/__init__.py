@@ -1,0 +1,5 @@
+"""From prompts to completions and their log-probabilities."""
+
+from occ_jax.rollout.sampler import sample
+
+__all__ = ["sample"]

@@ -1,0 +1,286 @@
+"""One step's experience: prompts -> completions -> rewards -> groups kept -> mini-batches.
+
+The host side of a step. Rewards are computed here because verifiers are host programs in general;
+everything before and after them stays on device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+
+from occ_jax.config import Config, computation
+from occ_jax.data.pipeline import encode_prompts
+from occ_jax.data.tasks import Example
+from occ_jax.data.tokenizer import EOS_ID, PAD_ID, decode
+from occ_jax.errors import UserError
+from occ_jax.models.model import Model
+from occ_jax.models.scoring import auxiliary_states, token_log_probs, trunk_states
+from occ_jax.rewards.exact_match import exact_match
+from occ_jax.rewards.shaping import informative_groups, overlong_penalty
+from occ_jax.rl.advantages import group_advantages, rloo_advantages
+from occ_jax.rollout.sampler import sample
+from occ_jax.sharding import row_shardings, rows
+from occ_jax.types import Batch, Params, Rollout, map_rows
+
+
+class Experience(NamedTuple):
+    """What one step trains on and what it logs."""
+
+    batches: list[Batch]  # updates_per_rollout mini-batches, on device
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # the first completions, readable
+
+
+class _Group(NamedTuple):
+    """Completions of some prompts on the host, with their scores."""
+
+    examples: list[Example]
+    rollout: Rollout  # NumPy arrays, or device arrays when nothing was dropped
+    scores: np.ndarray  # [P, G], the verifier's
+
+
+def collect(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    reference: Params | None,
+    prompts: grain.DatasetIterator[list[Example]],
+    key: Key[Array, ""],
+) -> Experience:
+    """Samples, scores and cuts into mini-batches.
+
+    Args:
+        model: the architecture.
+        config: sections task, rollout, algorithm, mtp.
+        mesh: where `params` lie.
+        params: the policy.
+        reference: trunk parameters of the KL penalty's reference, or None.
+        prompts: yields `rollout.num_prompts` examples at a time.
+        key: of this step.
+
+    Raises:
+        UserError: dynamic sampling found too few informative groups in `rollout.max_rounds`.
+    """
+    group = (
+        _dynamic(model, config, mesh, params, prompts, key)
+        if config.rollout.dynamic_sampling
+        else _sample_group(model, config, mesh, params, next(prompts), key)
+    )
+    mask = np.asarray(group.rollout.response_mask)
+    lengths = mask.sum(axis=1).reshape(group.scores.shape)
+    rewards = group.scores
+    if config.algorithm.overlong_buffer_tokens > 0:
+        rewards = rewards + overlong_penalty(
+            lengths,
+            max_tokens=config.rollout.max_new_tokens,
+            buffer_tokens=config.algorithm.overlong_buffer_tokens,
+            factor=config.algorithm.overlong_penalty,
+        )
+    split = _splitter(model, computation(config), mesh)
+    rollout = jax.device_put(group.rollout, row_shardings(mesh, group.rollout))
+    batches = split(params, reference, rollout, jnp.asarray(rewards, jnp.float32))
+    tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    return Experience(
+        batches=batches,
+        metrics=_metrics(config, group, rewards, lengths, tokens, mask),
+        samples=_samples(config, group, rewards, tokens),
+    )
+
+
+def _sample_group(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    examples: list[Example],
+    key: Key[Array, ""],
+) -> _Group:
+    encoded = jax.device_put(encode_prompts(config.task, examples), rows(mesh))
+    rollout = _sampler(model, computation(config), mesh)(params, *encoded, key)
+    size = config.rollout.group_size
+    tokens = np.asarray(rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    scores = exact_match(config.task, examples, tokens.reshape(len(examples), size, -1))
+    return _Group(examples, rollout, scores)
+
+
+def _dynamic(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    prompts: grain.DatasetIterator[list[Example]],
+    key: Key[Array, ""],
+) -> _Group:
+    """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
+    wanted, size = config.rollout.num_prompts, config.rollout.group_size
+    examples: list[Example] = []
+    scores: list[np.ndarray] = []
+    pieces: list[Rollout] = []
+    for number in range(config.rollout.max_rounds):
+        found = _sample_group(
+            model, config, mesh, params, next(prompts), jax.random.fold_in(key, number)
+        )
+        keep = np.flatnonzero(informative_groups(found.scores))
+        keep = keep[: wanted - len(examples)]
+        kept_rows = (keep[:, None] * size + np.arange(size)[None, :]).reshape(-1)
+        examples += [found.examples[index] for index in keep]
+        scores.append(found.scores[keep])
+        pieces.append(
+            map_rows(lambda x, axis, kept=kept_rows: np.take(x, kept, axis), found.rollout)
+        )
+        if len(examples) == wanted:
+            return _Group(examples, _join(pieces), np.concatenate(scores))
+    raise UserError(
+        f"dynamic sampling kept {len(examples)} of {wanted} groups after rollout.max_rounds="
+        f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
+    )
+
+
+def _join(pieces: list[Rollout]) -> Rollout:
+    """Rollouts of the same shape one after the other, on the host."""
+    axes = map_rows(lambda _, axis: axis, pieces[0])
+    return jax.tree.map(lambda axis, *parts: np.concatenate(parts, axis), axes, *pieces)
+
+
+def _scores_modules(config: Config) -> bool:
+    """Whether this run needs the modules' log-probabilities under the old policy."""
+    policy_on_trunk = config.mtp.regime in ("policy", "occ")
+    return (
+        config.model.num_mtp_modules > 0
+        and config.mtp.auxiliary_ratio == "own"
+        and (policy_on_trunk or config.mtp.head_loss == "policy")
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _sampler(model: Model, config: Config, mesh: Mesh) -> Callable[..., Rollout]:
+    run = functools.partial(
+        sample,
+        model,
+        group_size=config.rollout.group_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        eos_id=EOS_ID,
+        pad_id=PAD_ID,
+        auxiliary=_scores_modules(config) and config.rollout.old_log_probs == "sampler",
+    )
+    return jax.jit(run)
+
+
+@functools.lru_cache(maxsize=16)
+def _splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
+    """Advantages and mini-batches; scores the rollout again where the config asks for it."""
+    updates, temperature = config.algorithm.updates_per_rollout, config.rollout.temperature
+    rescore = config.rollout.old_log_probs == "trainer"
+
+    def finish(
+        params: Params, reference: Params | None, piece: Rollout, advantages: Array
+    ) -> Batch:
+        old, auxiliary = piece.log_probs, piece.auxiliary_log_probs
+        if rescore:
+            old, auxiliary = _score(model, params, piece, temperature, _scores_modules(config))
+        reference_log_probs = None
+        if reference is not None:
+            reference_log_probs, _ = _score(model, {"trunk": reference}, piece, temperature, False)
+        return Batch(
+            tokens=piece.tokens,
+            valid=piece.valid,
+            response_mask=piece.response_mask,
+            old_log_probs=old,
+            old_auxiliary_log_probs=auxiliary,
+            reference_log_probs=reference_log_probs,
+            advantages=advantages,
+        )
+
+    def run(
+        params: Params, reference: Params | None, rollout: Rollout, rewards: Float[Array, "P G"]
+    ) -> list[Batch]:
+        advantages = _advantages(config, rewards).reshape(-1)
+        size = advantages.shape[0] // updates
+        batches: list[Batch] = []
+        for number in range(updates):
+            cut = functools.partial(
+                jax.lax.slice_in_dim, start_index=number * size, limit_index=(number + 1) * size
+            )
+            piece = map_rows(lambda x, axis, cut=cut: cut(x, axis=axis), rollout)
+            batches.append(finish(params, reference, piece, cut(advantages)))
+        shardings = [row_shardings(mesh, batch) for batch in batches]
+        return jax.lax.with_sharding_constraint(batches, shardings)
+
+    return jax.jit(run)
+
+
+def _advantages(config: Config, rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+    match config.algorithm.advantage:
+        case "group":
+            return group_advantages(rewards)
+        case "group_mean":
+            return group_advantages(rewards, normalize_std=False)
+        case "rloo":
+            return rloo_advantages(rewards)
+
+
+def _score(
+    model: Model, params: Params, rollout: Rollout, temperature: float, modules: bool
+) -> tuple[Float[Array, "B R"], Float[Array, "K B R"] | None]:
+    """Log-probabilities by the trainer's own forward pass."""
+    response = rollout.response_mask.shape[1]
+    theta, targets = params["trunk"], rollout.tokens[:, -response:]
+    states = trunk_states(model, theta, rollout.tokens, rollout.valid)
+
+    def by(hidden: Array) -> Array:
+        return token_log_probs(model.logits(theta, hidden) / temperature, targets)
+
+    main = by(states.hidden[:, -response:])
+    if not modules:
+        return main, None
+    heads = auxiliary_states(
+        model, params, states.mtp_input, rollout.tokens, rollout.valid, response
+    )
+    return main, jnp.stack([by(head) for head in heads])
+
+
+def _metrics(
+    config: Config,
+    group: _Group,
+    rewards: np.ndarray,
+    lengths: np.ndarray,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+) -> dict[str, float]:
+    ended = np.any((tokens == EOS_ID) & mask, axis=1)
+    return {
+        "critic/score/mean": float(group.scores.mean()),
+        "critic/rewards/mean": float(rewards.mean()),
+        "critic/rewards/std": float(rewards.std()),
+        "critic/frac_reward_zero_std": float(1.0 - informative_groups(group.scores).mean()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/clip_ratio": float(1.0 - ended.mean()),
+        "rollout/tokens": float(mask.sum()),
+    }
+
+
+def _samples(
+    config: Config, group: _Group, rewards: np.ndarray, tokens: np.ndarray
+) -> list[dict[str, Any]]:
+    size = config.rollout.group_size
+    return [
+        {
+            "prompt": group.examples[index].prompt,
+            "completion": decode(tokens[index * size].tolist()),
+            "answer": group.examples[index].answer,
+            "score": float(group.scores[index, 0]),
+            "reward": float(rewards[index, 0]),
+        }
+        for index in range(min(config.run.num_logged_samples, len(group.examples)))
+    ]

@@ -1,0 +1,351 @@
+"""The training loop: what happens on the host between jitted calls.
+
+    prompts -> collect (rollout, rewards, mini-batches) -> updates -> log, evaluate, checkpoint
+
+A run lives in its directory and goes on from there: starting it again resumes at the last complete
+checkpoint and repeats, bit for bit, what an undisturbed run would have done. Metrics of a step are
+fetched while the next one's rollout is awaited anyway, so they cost no synchronisation.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from occ_jax import checkpoint
+from occ_jax.config import Config, computation, differences, from_dict, to_dict
+from occ_jax.data.pipeline import training_iterator
+from occ_jax.data.tasks import Example, completion_tokens, prompt_tokens
+from occ_jax.data.tokenizer import VOCAB_SIZE
+from occ_jax.errors import UserError
+from occ_jax.evaluate import evaluate, summarise
+from occ_jax.metrics import Row, RunLog, read_rows, write_json
+from occ_jax.models.model import Model, num_parameters
+from occ_jax.progress import Progress
+from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
+from occ_jax.rollout.collect import collect
+from occ_jax.sharding import make_mesh
+from occ_jax.types import Params, TrainState
+from occ_jax.warm_start import starting_params
+
+# Fields in which a run directory and the config that resumes it may differ.
+_MAY_CHANGE = {
+    "run.directory",
+    "run.steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "warm_start.cache_directory",
+}
+_ROLLOUT, _EVALUATION = 0, 1  # what a step's key is folded with
+_WATCHED = {
+    "reward": "critic/rewards/mean",
+    "accuracy": "val/accuracy",
+    "objective": "val/objective",
+    "λ": "occ/coefficient_1",
+    "tokens/s": "perf/throughput",
+}
+
+
+class _Run(NamedTuple):
+    """A run's fixed surroundings."""
+
+    config: Config
+    model: Model
+    mesh: Mesh
+    data: grain.DatasetIterator[list[Example]]
+    reference: Params | None
+    manager: ocp.CheckpointManager
+    log: RunLog
+
+
+class _Pending(NamedTuple):
+    """A step whose update metrics may still be under way on the device."""
+
+    row: Row
+    updates: list[Metrics]
+    samples: list[dict[str, Any]]
+    started: float
+
+
+def train(config: Config, progress: Progress) -> dict[str, Any]:
+    """Runs, or resumes, one experiment to its end.
+
+    Args:
+        config: the experiment; `run.directory` decides what is resumed.
+        progress: shows what goes on.
+
+    Returns:
+        The summary, as written to summary.json.
+
+    Raises:
+        UserError: config and task do not fit, the directory holds another run or cannot be written,
+            a checkpoint is damaged, too many updates in a row were not finite.
+    """
+    check_task_fits(config)
+    mesh, model = make_mesh(config.mesh), Model(config.model)
+    directory = Path(config.run.directory)
+    open_directory(directory, config)
+    begin = starting_params(config, model, mesh, progress.say)
+    data = training_iterator(config.task, config.rollout.num_prompts, config.run.seed)
+    manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
+    found = manager.latest_step()
+    if found is None:
+        state = place_state(computation(config), begin, config.run.seed, mesh)
+    else:
+        progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
+        like = abstract_state(model, computation(config), mesh)
+        state = checkpoint.restore(manager, found, like, data)
+    reference = begin["trunk"] if config.algorithm.kl_coefficient > 0 else None
+    log = RunLog(directory, -1 if found is None else found)
+    run = _Run(config, model, mesh, data, reference, manager, log)
+    try:
+        _steps(run, state, found, progress)
+    finally:
+        log.close()
+        manager.close()
+    summary = _summary(config, begin, read_rows(directory / "metrics.jsonl"))
+    write_json(directory / "summary.json", summary)
+    return summary
+
+
+def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) -> None:
+    """All steps that are left; returns early, checkpoint written, on SIGTERM or Ctrl-C."""
+    config, total = run.config.run, run.config.run.steps
+    skipped = 0
+    watched: Row = {}
+    if found is None:
+        watched = {"step": 0, **_evaluate(run, state, 0)}
+        run.log.write(watched)
+    pending: _Pending | None = None
+    with (
+        progress.steps(run.config.mtp.regime, total, found or 0) as show,
+        _stop_requests() as stop,
+    ):
+        for step in range((found or 0) + 1, total + 1):
+            started = time.monotonic()
+            experience = collect(
+                run.model,
+                run.config,
+                run.mesh,
+                state.params,
+                run.reference,
+                run.data,
+                _key(state, step, _ROLLOUT),
+            )
+            if pending is not None:
+                skipped = _finish(run, pending, skipped)
+                watched |= pending.row
+                show(step - 1, _figures(watched))
+            state, updates = _update(run, state, experience.batches, step)
+            pending = _Pending(
+                {"step": step, **experience.metrics}, updates, experience.samples, started
+            )
+            last = step == total or bool(stop)
+            if step % config.evaluate_every == 0 or step == total:
+                pending.row.update(_evaluate(run, state, step))
+            if step % config.checkpoint_every == 0 or last:
+                skipped = _finish(run, pending, skipped)
+                watched |= pending.row
+                show(step, _figures(watched))
+                pending = None
+                run.log.flush()
+                checkpoint.save(run.manager, step, state, run.data)
+            if stop and step < total:
+                progress.say(f"stopped at step {step} of {total}; start again to go on")
+                return
+
+
+def _update(
+    run: _Run, state: TrainState, batches: list[Any], step: int
+) -> tuple[TrainState, list[Metrics]]:
+    """The updates of one rollout; nothing here waits for the device."""
+    every = run.config.mtp.measure_every
+    metrics: list[Metrics] = []
+    for number, batch in enumerate(batches, start=(step - 1) * len(batches)):
+        measure = number % every == 0
+        update = jit_train_step(run.model, computation(run.config), run.mesh, measure=measure)
+        state, found = update(state, batch)
+        metrics.append(found)
+    return state, metrics
+
+
+def _finish(run: _Run, pending: _Pending, skipped: int) -> int:
+    """Fetches a step's update metrics and logs it; returns the skipped updates in a row.
+
+    A row holds the mean over the step's updates, and under "per_update" the values in order.
+    """
+    updates = [
+        {name: float(value) for name, value in metrics.items()}
+        for metrics in jax.device_get(pending.updates)
+    ]
+    seconds = time.monotonic() - pending.started
+    per_update = {
+        name: [metrics[name] for metrics in updates if name in metrics]
+        for name in dict.fromkeys(name for metrics in updates for name in metrics)
+    }
+    pending.row.update({name: float(np.mean(values)) for name, values in per_update.items()})
+    pending.row["timing_s/step"] = seconds
+    pending.row["perf/throughput"] = pending.row["rollout/tokens"] / seconds
+    pending.row["per_update"] = {
+        name: values for name, values in per_update.items() if name.startswith("occ/")
+    }
+    run.log.write(pending.row)
+    step = pending.row["step"]
+    run.log.write_samples({"step": step, **sample} for sample in pending.samples)
+    limit = run.config.run.max_skipped_updates
+    for metrics in updates:
+        skipped = skipped + 1 if metrics["actor/skipped"] else 0
+        if skipped >= limit:
+            raise UserError(
+                f"step {step}: {skipped} updates in a row had a non-finite loss or gradient and "
+                f"were skipped (run.max_skipped_updates={limit})"
+            )
+    return skipped
+
+
+def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
+    evaluation = evaluate(
+        run.model,
+        run.config,
+        run.mesh,
+        state.params,
+        _key(state, step, _EVALUATION),
+        num_prompts=run.config.run.evaluation_prompts,
+        num_samples=run.config.run.evaluation_samples,
+    )
+    return summarise(evaluation)
+
+
+def _key(state: TrainState, step: int, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(state.key, step), purpose)
+
+
+def _figures(row: Row) -> dict[str, float]:
+    return {short: row[name] for short, name in _WATCHED.items() if name in row}
+
+
+def check_task_fits(config: Config) -> None:
+    """Refuses a model or rollout too small for the task.
+
+    Raises:
+        UserError: naming the field and the least it must be.
+    """
+    depth, prompt = config.model.num_mtp_modules, prompt_tokens(config.task)
+    for name, value, least in (
+        ("model.vocab_size", config.model.vocab_size, VOCAB_SIZE),
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens, completion_tokens(config.task)),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; task {config.task.name} needs at least {least}")
+    if depth >= prompt:
+        raise UserError(
+            f"model.num_mtp_modules is {depth}; prompts of task {config.task.name} have "
+            f"{prompt} tokens, enough for {prompt - 1}"
+        )
+
+
+def open_directory(directory: Path, config: Config) -> None:
+    """Makes a run directory, or checks that the one that is there belongs to `config`.
+
+    Raises:
+        UserError: it cannot be written, or holds something else.
+    """
+    saved = directory / "config.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            _check_same_run(directory, load_config(directory), config)
+        elif any(directory.iterdir()):
+            raise UserError(
+                f"{directory} is not empty and holds no run; choose another --run.directory"
+            )
+        write_json(saved, to_dict(config))
+    except OSError as error:
+        raise UserError(
+            f"the run directory {directory} cannot be written: {error.strerror}"
+        ) from error
+
+
+def load_config(directory: Path) -> Config:
+    """The config a run directory was made with.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = directory / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} holds no config.json; it is not a run directory") from error
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _check_same_run(directory: Path, saved: Config, config: Config) -> None:
+    changed = {
+        name: values
+        for name, values in differences(saved, config).items()
+        if name not in _MAY_CHANGE
+    }
+    if changed:
+        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        raise UserError(
+            f"{directory} holds a run with another config ({listed}); choose another "
+            "--run.directory"
+        )
+
+
+def _summary(config: Config, begin: Params, rows: list[Row]) -> dict[str, Any]:
+    evaluated = [row for row in rows if "val/accuracy" in row]
+    before, after = (
+        {k: v for k, v in row.items() if k.startswith("val/")}
+        for row in (evaluated[0], evaluated[-1])
+    )
+    # The first step compiles, so it is no measure of the others.
+    seconds = [row["timing_s/step"] for row in rows if row["step"] > 1]
+    return {
+        "regime": config.mtp.regime,
+        "estimator": config.mtp.estimator if config.mtp.regime == "occ" else None,
+        "seed": config.run.seed,
+        "step": rows[-1]["step"],
+        "parameters": num_parameters(begin),
+        "before": before,
+        "after": after,
+        "seconds_per_step": float(np.median(seconds)) if seconds else None,
+    }
+
+
+@contextmanager
+def _stop_requests() -> Generator[list[int]]:
+    """Collects SIGTERM and the first SIGINT instead of dying; a second SIGINT interrupts.
+
+    Outside the main thread (a notebook's worker, a test) signals stay as they are.
+    """
+    received: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        previous = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,146 @@
+"""The starting policy: a short supervised warm-up on right completions, kept on disk.
+
+Next-token cross-entropy plus the modules' cross-entropy, both on completion tokens only. A finished
+warm-up is found again by what determines it (model, task, warm-up), so regimes and seeds start from
+the same parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from occ_jax.checkpoint import restore_params, save_params
+from occ_jax.config import Config
+from occ_jax.data.pipeline import encode_completions, encode_prompts, training_iterator
+from occ_jax.models.model import Model
+from occ_jax.models.scoring import (
+    auxiliary_masks,
+    auxiliary_states,
+    token_log_probs,
+    trunk_states,
+)
+from occ_jax.rl.losses import mean, negative_log_likelihood
+from occ_jax.sharding import state_shardings
+from occ_jax.types import Params
+
+# Training prompts of the warm-up come from a stream that no run's seed names.
+_STREAM = 2**31
+
+
+def starting_params(
+    config: Config, model: Model, mesh: Mesh, report: Callable[[str], None] | None = None
+) -> Params:
+    """Parameters every run of this (model, task, warm start) starts from.
+
+    Args:
+        config: sections model, task and warm_start matter.
+        model: the architecture.
+        mesh: where the parameters go.
+        report: receives one line about what was done, for people.
+    """
+    tell = report or (lambda _: None)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = state_shardings(mesh, shapes)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    directory = cache_path(config)
+    if config.warm_start.steps > 0 and directory.is_dir():
+        tell(f"starting policy: {directory}")
+        return restore_params(directory, like)
+    init = jax.jit(model.init, out_shardings=shardings)
+    params = init(jax.random.key(config.warm_start.seed))
+    if config.warm_start.steps == 0:
+        return params
+    tell(f"starting policy: {config.warm_start.steps} supervised steps")
+    params = _fit(config, model, params)
+    _keep(directory, params)
+    return params
+
+
+def cache_path(config: Config) -> Path:
+    """Where the finished warm-up is kept; its name is a digest of all that determines it."""
+    warm_start = dataclasses.replace(config.warm_start, cache_directory="")
+    determines = [dataclasses.asdict(x) for x in (config.model, config.task, warm_start)]
+    digest = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.warm_start.cache_directory) / f"{config.task.name}-{digest}"
+
+
+def _keep(directory: Path, params: Params) -> None:
+    """Saves under a name of this process's own, then renames: runs may start at the same time."""
+    own = directory.with_name(f"{directory.name}.{os.getpid()}")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    save_params(own, params)
+    try:
+        own.rename(directory)
+    except OSError:  # another run was quicker; the parameters are the same
+        shutil.rmtree(own)
+
+
+def supervised_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    response_mask: Bool[Array, "B R"],
+    mtp_weight: float,
+) -> Float[Array, ""]:
+    """CE(next token) + mtp_weight * mean_k CE(module k), nats a completion token."""
+    response = response_mask.shape[1]
+    targets = tokens[:, -response:]
+    states = trunk_states(model, params["trunk"], tokens, valid)
+    heads = [
+        states.hidden[:, -response:],
+        *auxiliary_states(model, params, states.mtp_input, tokens, valid, response),
+    ]
+    depth = len(heads) - 1
+    masks = [response_mask, *(auxiliary_masks(valid, response_mask, depth) if depth else [])]
+    losses = [
+        mean(
+            negative_log_likelihood(
+                token_log_probs(model.logits(params["trunk"], head), targets), mask
+            )
+        )
+        for head, mask in zip(heads, masks, strict=True)
+    ]
+    return losses[0] + mtp_weight * sum(losses[1:], jnp.zeros(())) / max(depth, 1)
+
+
+def _fit(config: Config, model: Model, params: Params) -> Params:
+    warm_start = config.warm_start
+    optimizer = optax.adam(warm_start.learning_rate)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, opt_state: Any, tokens: Array, valid: Array, mask: Array) -> Any:
+        gradients = jax.grad(
+            lambda p: supervised_loss(model, p, tokens, valid, mask, warm_start.mtp_weight)
+        )(params)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init(params)
+    examples = training_iterator(config.task, warm_start.batch_size, _STREAM)
+    for _ in range(warm_start.steps):
+        batch = next(examples)
+        prompts, prompt_valid = encode_prompts(config.task, batch)
+        completions, mask = encode_completions(config.task, batch)
+        tokens = jnp.concatenate([prompts, completions], axis=1)
+        valid = jnp.concatenate([prompt_valid, mask], axis=1)
+        params, opt_state = step(params, opt_state, tokens, valid, mask)
+    return params

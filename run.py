@@ -1,0 +1,8 @@
+"""Command line of occ_jax: `python run.py --help`."""
+
+import sys
+
+from occ_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

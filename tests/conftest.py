@@ -1,0 +1,40 @@
+"""What holds for every test; it must run before anything imports jax.
+
+Owns: eight CPU devices, shape and type checks on all of occ_jax, strict rank promotion, repeatable
+property tests. Subprocesses that a test starts inherit the environment set here, not the checks.
+"""
+
+import os
+
+# Appended, as the last flag of a name wins: every test can count on eight devices.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# No persistent compilation cache: tests of bit-identity must compare what was compiled here and
+# now. For quick repeats of other tests, set JAX_COMPILATION_CACHE_DIR=.cache/jax yourself.
+
+# [D] + [B, D] must be written out: a silent broadcast of ranks is the usual way to a wrong loss.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Every jaxtyping annotation in occ_jax is checked at call time, dimensions and dtypes.
+jaxtyping.install_import_hook(["occ_jax"], "beartype.beartype")
+
+# The same examples on every machine; no deadline, as the first example includes compilation.
+hypothesis.settings.register_profile("occ_jax", derandomize=True, deadline=None, max_examples=30)
+hypothesis.settings.load_profile("occ_jax")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """No effort on fast code: tests of whole runs compile far longer than they compute."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

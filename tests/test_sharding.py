@@ -1,0 +1,219 @@
+"""Eight devices do what one does, and every array lies where the table says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as Spec
+
+from occ_jax.config import (
+    AlgorithmConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MTPConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from occ_jax.errors import UserError
+from occ_jax.models.model import Model
+from occ_jax.rl import gradients
+from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
+from occ_jax.sharding import make_mesh, replicated, rows, state_shardings
+from occ_jax.types import Batch
+
+B, P, R, V = 8, 4, 5, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_config(mesh=(1, 1, 1), micro_batches=1, modules=1, **mtp):
+    return Config(
+        model=ModelConfig(
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=8,
+            intermediate_size=16,
+            vocab_size=V,
+            num_mtp_modules=modules,
+        ),
+        rollout=RolloutConfig(num_prompts=8, group_size=2, max_new_tokens=R),
+        algorithm=AlgorithmConfig(updates_per_rollout=2, micro_batches=micro_batches),
+        mtp=MTPConfig(**mtp),
+        # An eps far above the gradient's rounding: Adam would turn a zero's sign into a whole step.
+        optimizer=OptimizerConfig(learning_rate=0.1, eps=0.1, clip_norm=0.5),
+        mesh=MeshConfig(*mesh),
+    )
+
+
+@functools.cache
+def parameters():
+    return Model(make_config().model).init(jax.random.key(0))
+
+
+@functools.cache
+def make_batch():
+    """Left-padded prompts of 2 to 4 tokens, responses of 1 to 5."""
+    random = np.random.default_rng(0)
+    column = np.arange(P + R)[None, :]
+    prompts, responses = random.integers(2, P + 1, (B, 1)), random.integers(1, R + 1, (B, 1))
+    valid = (column >= P - prompts) & (column < P + responses)
+    old = random.normal(-2.5, 0.2, (2, B, R)).astype(np.float32)
+    return Batch(
+        tokens=jnp.asarray(random.integers(0, V, (B, P + R)), jnp.int32),
+        valid=jnp.asarray(valid),
+        response_mask=jnp.asarray(valid[:, P:]),
+        old_log_probs=jnp.asarray(old[0]),
+        old_auxiliary_log_probs=jnp.asarray(old[1:]),
+        reference_log_probs=None,
+        advantages=jnp.asarray(random.normal(size=B), jnp.float32),
+    )
+
+
+def two_updates(config):
+    """Two updates, as the coefficient of some estimators is 0 in the first."""
+    model, mesh = Model(config.model), make_mesh(config.mesh)
+    step = jit_train_step(model, config, mesh, measure=True)
+    state, history = place_state(config, parameters(), 0, mesh), []
+    for _ in range(2):
+        state, metrics = step(state, make_batch())
+        history.append(metrics)
+    assert step._cache_size() == 1
+    return state, history, state_shardings(mesh, state)
+
+
+def assert_close(actual, wanted, rtol):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        scale = np.abs(np.asarray(y)).max()
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * scale)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches", "mtp"),
+    [
+        ((8, 1, 1), 1, {"regime": "detach"}),
+        ((2, 4, 1), 1, {"regime": "policy", "coefficient": 0.5}),
+        ((2, 4, 1), 1, {"regime": "occ", "estimator": "log_prob"}),
+        ((2, 2, 2), 1, {"regime": "occ", "estimator": "exact"}),
+        ((2, 2, 2), 2, {"regime": "occ", "estimator": "cross_batch"}),
+    ],
+    ids=["detach", "policy", "log_prob", "exact", "cross_batch"],
+)
+def test_a_mesh_does_what_one_device_does(mesh, micro_batches, mtp):
+    state, history, shardings = two_updates(make_config(mesh, micro_batches, **mtp))
+    one, one_history, _ = two_updates(make_config((1, 1, 1), micro_batches, **mtp))
+    for metrics, wanted in zip(history, one_history, strict=True):
+        assert metrics.keys() == wanted.keys()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_close(state.params, one.params, rtol=1e-5)
+    assert_close(state.opt_state, one.opt_state, rtol=1e-5)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), one.params, parameters())
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+    # After two updates everything still lies where the table puts it.
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    _, fsdp, tensor = mesh
+    theta = state.params["trunk"]
+    moments = optax.tree_utils.tree_get(state.opt_state["trunk"], "nu")
+    for tree in (theta, moments):
+        kernel = tree["layers"][0]["attention"]["query"]["kernel"]
+        assert {x.data.shape for x in kernel.addressable_shards} == {(16 // fsdp, 16 // tensor)}
+        down = tree["layers"][0]["mlp"]["down"]["kernel"]
+        assert {x.data.shape for x in down.addressable_shards} == {(16 // tensor, 16 // fsdp)}
+        assert {x.data.shape for x in tree["final_norm"]["scale"].addressable_shards} == {(16,)}
+    assert len(theta["embed"]["embedding"].addressable_shards) == 8
+
+
+def test_every_micro_batch_is_spread_over_all_devices(monkeypatch):
+    # In [M, B/M] the rows of one device are those of one micro-batch, unless they are dealt again.
+    seen, forward = [], gradients.trunk_states
+
+    def inspected(*arguments):
+        states = forward(*arguments)
+        shape = states.hidden.shape
+        jax.debug.inspect_array_sharding(
+            states.hidden, callback=lambda x: seen.append(x.shard_shape(shape))
+        )
+        return states
+
+    monkeypatch.setattr(gradients, "trunk_states", inspected)
+    config = make_config((4, 1, 2), 2, modules=0, regime="detach")
+    mesh = make_mesh(config.mesh)
+    step = jit_train_step(Model(config.model), config, mesh, measure=True)
+    state = place_state(config, {"trunk": parameters()["trunk"], "mtp": {}}, 0, mesh)
+    step.lower(state, make_batch()._replace(old_auxiliary_log_probs=None)).compile()
+    assert seen == [(1, P + R - 1, 16)]
+
+
+def test_the_abstract_state_is_the_placed_one_without_its_arrays():
+    config = make_config((2, 2, 2))
+    mesh = make_mesh(config.mesh)
+    state = place_state(config, parameters(), 0, mesh)
+    abstract = abstract_state(Model(config.model), config, mesh)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        assert shape.sharding == leaf.sharding
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        (("embed", "embedding"), (16, 32), Spec("tensor", "fsdp")),
+        (("head", "kernel"), (32, 16), Spec("fsdp", "tensor")),
+        (("layers", 0, "attention", "key", "kernel"), (32, 16), Spec("fsdp", "tensor")),
+        (("layers", 0, "attention", "key", "bias"), (16,), Spec("tensor")),
+        (("layers", 0, "attention", "output", "kernel"), (16, 32), Spec("tensor", "fsdp")),
+        (("layers", 0, "mlp", "gate", "kernel"), (32, 64), Spec("fsdp", "tensor")),
+        (("layers", 0, "mlp", "down", "kernel"), (64, 32), Spec("tensor", "fsdp")),
+        ((0, "projection", "kernel"), (64, 32), Spec("tensor", "fsdp")),
+        (("final_norm", "scale"), (32,), Spec()),
+        (("coefficient",), (2,), Spec()),
+        # A dimension that the mesh does not divide is replicated, the other one is not.
+        (("embed", "embedding"), (15, 32), Spec(None, "fsdp")),
+        (("head", "kernel"), (30, 16), Spec(None, "tensor")),
+        (("layers", 0, "attention", "key", "bias"), (15,), Spec(None)),
+        # As is what bears a parameter's name but not its rank.
+        (("head", "kernel"), (), Spec()),
+    ],
+)
+def test_the_table_of_shardings(path, shape, spec):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    tree = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name in reversed(path):
+        tree = {name: tree}
+    (sharding,) = jax.tree.leaves(state_shardings(mesh, tree))
+    assert sharding.mesh == mesh and sharding.spec == spec
+
+
+def test_rows_lie_over_data_and_fsdp_together():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert rows(mesh).shard_shape((8, 5)) == (2, 5)
+    assert rows(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
+    assert replicated(mesh).shard_shape((8, 5)) == (8, 5)
+
+
+def test_a_mesh_may_be_smaller_than_the_machine():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    assert mesh.shape == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert list(mesh.devices.flat) == jax.devices()[:4]
+
+
+def test_a_mesh_with_too_few_devices_is_one_clear_line():
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(data=4, fsdp=2, tensor=2))
+    assert str(error.value) == (
+        "the mesh (data=4, fsdp=2, tensor=2) needs 16 devices; this process sees 8"
+    )

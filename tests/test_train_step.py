@@ -1,0 +1,851 @@
+"""One update against gradients, statistics and optimizer steps written out independently here.
+
+The oracle is `Model.apply` on rows packed to the right, gathered by index and differentiated by one
+`jax.grad` a loss; nothing of `occ_jax.rl` enters it. The optimizer of most tests has b1 = 0 and a
+clip that is never reached, so that its first moment *is* the gradient the trunk was given.
+
+Most updates run eagerly: every operation compiles once for all tests of this file, where a jitted
+update compiles as a whole for every config.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import occ_jax.rl.gradients
+from occ_jax.calibration import CalibrationState
+from occ_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    MTPConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from occ_jax.models.model import Model
+from occ_jax.rl.train_step import init_state, jit_train_step, place_state, train_step
+from occ_jax.sharding import make_mesh, state_shardings
+from occ_jax.types import Batch
+
+V, K, TEMPERATURE, P, R = 16, 2, 0.8, 4, 5
+# Four prompts, two completions each. A prompt of one token leaves module 1 without a slot for the
+# first response token and module 2 without one for the first two.
+PROMPTS = np.array([4, 4, 1, 1, 3, 3, 2, 2])
+RESPONSES = np.array([5, 2, 3, 1, 5, 4, 1, 3])
+UNTRAINED = 5  # a row that was filtered: real tokens, none of them trained on
+B, T = len(PROMPTS), P + R
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Parts of the model as one operation each for eager updates, and no effort on fast code."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("trunk", "mtp_module", "logits", "embed"):
+            patch.setattr(Model, name, jax.jit(getattr(Model, name), static_argnums=0))
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compiled_as_in_training(monkeypatch):
+    """Takes `quick_compilation` back."""
+    for name in ("trunk", "mtp_module", "logits", "embed"):
+        monkeypatch.setattr(Model, name, getattr(Model, name).__wrapped__)
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def make_config(modules=K, micro_batches=1, tie=False, algorithm=(), optimizer=(), **mtp):
+    """A config for a mini-batch of B rows; `mtp` overrides the calibration's fields."""
+    return Config(
+        model=ModelConfig(
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=8,
+            intermediate_size=16,
+            vocab_size=V,
+            tie_embeddings=tie,
+            num_mtp_modules=modules,
+        ),
+        rollout=RolloutConfig(
+            num_prompts=8, group_size=2, max_new_tokens=R, temperature=TEMPERATURE
+        ),
+        algorithm=AlgorithmConfig(
+            updates_per_rollout=2, micro_batches=micro_batches, **dict(algorithm)
+        ),
+        mtp=MTPConfig(**{"regime": "occ", "estimator": "exact", "decay": 0.0} | mtp),
+        optimizer=OptimizerConfig(
+            **{"learning_rate": 0.1, "b1": 0.0, "eps": 1.0, "weight_decay": 0.01, "clip_norm": 1e6}
+            | dict(optimizer)
+        ),
+    )
+
+
+# --- the oracle -----------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """What the losses read besides parameters and tokens."""
+
+    old: Any  # [B, R]
+    old_auxiliary: Any  # [K, B, R]
+    reference: Any  # [B, R]
+    advantages: Any  # [B]
+    auxiliary_advantages: Any  # [K, B]
+    rows: Any  # [B], 1 = the row contributes to the sums; denominators are of all rows
+
+
+class Oracle(NamedTuple):
+    """Log-probabilities, losses and gradients at one set of parameters."""
+
+    log_probs: Any  # [B, R]
+    auxiliary_log_probs: Any  # [K, B, R]
+    losses: Any  # by name: a number, or K of them
+    agreement: Any  # [K], share of tokens
+    g: Any  # of theta: L_RL, the policy loss alone
+    entropy: Any  # of theta
+    kl: Any  # of theta
+    h_policy: Any  # of theta, K trees
+    h_ce: Any  # of theta, K trees
+    phi_ce: Any  # of phi: the sum over modules
+    phi_distill: Any
+    phi_policy: Any  # K trees
+
+
+def masks(k):
+    """[B, R]: trained tokens that head k (0: the main one) predicts from a real token."""
+    column = np.arange(R)[None, :]
+    trained = (column < RESPONSES[:, None]) & (np.arange(B) != UNTRAINED)[:, None]
+    return trained & (PROMPTS[:, None] + column - k - 1 >= 0)
+
+
+MASKS = np.stack([masks(k) for k in range(K + 1)])
+
+
+@functools.cache
+def model():
+    return Model(make_config().model)
+
+
+@functools.cache
+def parameters(modules=K, tie=False):
+    """Random parameters with norms that are not all ones; the trunk is the same for every K."""
+    params = Model(make_config(modules, tie=tie, regime="detach").model).init(jax.random.key(3))
+    scale = np.random.default_rng(1).uniform(0.5, 1.5, 16).astype(np.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x * scale) if x.ndim == 1 else x, params)
+
+
+@functools.cache
+def packed():
+    """[B, T] real tokens, padded on the right by zeros, and their number."""
+    tokens = np.random.default_rng(0).integers(1, V, (B, T))
+    tokens[1::2, :P] = tokens[0::2, :P]  # completions of one prompt
+    lengths = PROMPTS + RESPONSES
+    return np.where(np.arange(T) < lengths[:, None], tokens, 0), lengths
+
+
+def response_logits(params):
+    """K + 1 arrays [B, R, V]: what each head says of each response token, garbage off MASKS."""
+    tokens, lengths = packed()
+    out = model().apply(params, jnp.asarray(tokens), jnp.asarray(lengths))
+    rows, columns = np.arange(B)[:, None], PROMPTS[:, None] + np.arange(R)
+    return [
+        logits[rows, np.clip(columns - 1 - k, 0, logits.shape[1] - 1)] / TEMPERATURE
+        for k, logits in enumerate([out.logits, *out.mtp_logits])
+    ]
+
+
+def response_tokens():
+    columns = np.minimum(PROMPTS[:, None] + np.arange(R), T - 1)
+    return np.take_along_axis(packed()[0], columns, axis=1)
+
+
+def losses(params, inputs):
+    """Every loss by name, each with the mean over its own trained tokens."""
+    logits = [jax.nn.log_softmax(x) for x in response_logits(params)]
+    log_probs = [
+        jnp.take_along_axis(x, response_tokens()[..., None], axis=-1)[..., 0] for x in logits
+    ]
+
+    def mean(values, k):
+        used = MASKS[k] & (inputs.rows[:, None] > 0)
+        return jnp.sum(jnp.where(used, values, 0.0)) / MASKS[k].sum()
+
+    def policy(k, old, advantages):
+        ratio = jnp.exp(log_probs[k] - old)
+        gain = advantages[:, None] * ratio
+        return -mean(jnp.minimum(gain, advantages[:, None] * jnp.clip(ratio, 0.8, 1.28)), k)
+
+    teacher = jnp.exp(jax.lax.stop_gradient(logits[0]))
+    difference = inputs.reference - log_probs[0]
+    result = {
+        "rl": policy(0, inputs.old, inputs.advantages),
+        "entropy": mean(-jnp.sum(jnp.exp(logits[0]) * logits[0], axis=-1), 0),
+        "kl": mean(jnp.exp(difference) - difference - 1, 0),
+        "policy": [
+            policy(k, inputs.old_auxiliary[k - 1], inputs.auxiliary_advantages[k - 1])
+            for k in range(1, K + 1)
+        ],
+        "ce": [-mean(log_probs[k], k) for k in range(1, K + 1)],
+        "distill": [-mean(jnp.sum(teacher * logits[k], axis=-1), k) for k in range(1, K + 1)],
+    }
+    agreement = [mean(x.argmax(-1) == logits[0].argmax(-1), k) for k, x in enumerate(logits)]
+    return result, (log_probs, jnp.stack(agreement[1:]))
+
+
+@jax.jit
+def oracle(params, inputs):
+    """Everything above by one independent `jax.grad` a loss."""
+
+    def gradient(group, name, k=None):
+        def value(part):
+            value = losses(params | {group: part}, inputs)[0][name]
+            if k is not None:
+                return value[k]
+            return sum(value) if isinstance(value, list) else value
+
+        return jax.grad(value)(params[group])
+
+    values, (log_probs, agreement) = losses(params, inputs)
+    return Oracle(
+        log_probs=log_probs[0],
+        auxiliary_log_probs=jnp.stack(log_probs[1:]),
+        losses=jax.tree.map(jnp.asarray, values),
+        agreement=agreement,
+        g=gradient("trunk", "rl"),
+        entropy=gradient("trunk", "entropy"),
+        kl=gradient("trunk", "kl"),
+        h_policy=[gradient("trunk", "policy", k) for k in range(K)],
+        h_ce=[gradient("trunk", "ce", k) for k in range(K)],
+        phi_ce=gradient("mtp", "ce"),
+        phi_distill=gradient("mtp", "distill"),
+        phi_policy=[gradient("mtp", "policy", k) for k in range(K)],
+    )
+
+
+# --- the batch ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def inputs():
+    """Random advantages, old log-probabilities close enough to the current ones for r ~ 1."""
+    random = np.random.default_rng(10)
+    zeros = np.zeros((K, B, R), np.float32)
+    advantages = random.normal(size=B).astype(np.float32)
+    empty = Inputs(
+        old=zeros[0],
+        old_auxiliary=zeros,
+        reference=zeros[0],
+        advantages=advantages,
+        auxiliary_advantages=np.stack([advantages] * K),
+        rows=np.ones(B, np.float32),
+    )
+    now = oracle(parameters(), empty)
+    return empty._replace(
+        old=np.asarray(now.log_probs + random.normal(0, 0.3, (B, R)), np.float32),
+        old_auxiliary=np.asarray(
+            now.auxiliary_log_probs + random.normal(0, 0.3, (K, B, R)), np.float32
+        ),
+        reference=np.asarray(now.log_probs + random.normal(0, 0.5, (B, R)), np.float32),
+    )
+
+
+@functools.cache
+def expected():
+    """The oracle at the first update."""
+    return oracle(parameters(), inputs())
+
+
+def make_batch(modules=K, reference=False, padding=1.5, pad_token=0, **replaced):
+    """The same rows padded on both sides, with `padding` in the arrays wherever it is padded."""
+    tokens, lengths = packed()
+    source = np.arange(T)[None, :] - (P - PROMPTS)[:, None]
+    valid = (source >= 0) & (source < lengths[:, None])
+    padded = np.take_along_axis(tokens, np.clip(source, 0, T - 1), axis=1)
+    data = inputs()
+    old = np.where(MASKS[0], data.old, padding).astype(np.float32)
+    old_auxiliary = np.where(MASKS[1:], data.old_auxiliary, padding).astype(np.float32)
+    batch = Batch(
+        tokens=jnp.asarray(np.where(valid, padded, pad_token), jnp.int32),
+        valid=jnp.asarray(valid),
+        response_mask=jnp.asarray(MASKS[0]),
+        old_log_probs=jnp.asarray(old),
+        old_auxiliary_log_probs=jnp.asarray(old_auxiliary[:modules]) if modules else None,
+        reference_log_probs=(
+            jnp.asarray(np.where(MASKS[0], data.reference, padding).astype(np.float32))
+            if reference
+            else None
+        ),
+        advantages=jnp.asarray(data.advantages),
+    )
+    return batch._replace(**replaced)
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def start(config, params=None):
+    modules, tie = config.model.num_mtp_modules, config.model.tie_embeddings
+    return init_state(config, parameters(modules, tie) if params is None else params, 0)
+
+
+def update(config, batch, state=None, measure=True):
+    """One eager update."""
+    state = start(config) if state is None else state
+    return train_step(Model(config.model), config, state, batch, measure=measure)
+
+
+def jit_update(config, batch, state=None, measure=True):
+    """One compiled update."""
+    state = start(config) if state is None else state
+    step = functools.partial(train_step, Model(config.model), config, measure=measure)
+    return jax.jit(step)(state, batch)
+
+
+def with_coefficient(state, values):
+    """The state with another lambda in it."""
+    opt_state = optax.tree_utils.tree_set(
+        state.opt_state, coefficient=jnp.asarray(values, jnp.float32)
+    )
+    return state._replace(opt_state=opt_state)
+
+
+def coefficient(state):
+    return optax.tree_utils.tree_get(state.opt_state["trunk"], "coefficient")
+
+
+def calibration(state):
+    (found,) = (x for x in state.opt_state["trunk"] if isinstance(x, CalibrationState))
+    return found
+
+
+def emitted(state, group="trunk"):
+    """The gradient the optimizer was given: its first moment, as b1 = 0 and nothing clips."""
+    return optax.tree_utils.tree_get(state.opt_state[group], "mu")
+
+
+def combine(g, h, weights):
+    return jax.tree.map(
+        lambda x, *y: x + sum(w * z for w, z in zip(weights, y, strict=True)), g, *h
+    )
+
+
+def flat(tree):
+    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    return np.concatenate([np.zeros(0), *leaves])
+
+
+def inner(a, b):
+    return float(flat(a) @ flat(b))
+
+
+def norm(tree):
+    return float(np.linalg.norm(flat(tree)))
+
+
+def assert_close(actual, wanted, rtol=1e-5):
+    """Equal up to float32's rounding of the whole: rtol is of the largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    actual, wanted = flat(actual), flat(wanted)
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=rtol * np.abs(wanted).max(initial=0))
+
+
+def assert_same_bits(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# --- detach ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tie", "depths"), [(False, (0, 1, 2)), (True, (0, 2))], ids=["untied", "tied"]
+)
+def test_detach_is_airtight_to_the_bit(tie, depths, compiled_as_in_training):
+    trunks = []
+    for modules in depths:
+        # Clipping is active: one norm over trunk and modules would leak.
+        config = make_config(
+            modules, tie=tie, regime="detach", optimizer={"b1": 0.9, "eps": 1e-8, "clip_norm": 0.05}
+        )
+        step = jax.jit(functools.partial(train_step, Model(config.model), config))
+        state, batch = start(config), make_batch(modules)
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            assert metrics["actor/grad_norm"] > 0.05
+        trunks.append(state.params["trunk"])
+        if modules:
+            assert norm(state.params["mtp"]) != norm(parameters(modules, tie)["mtp"])
+    assert norm(trunks[0]) != norm(parameters(0, tie)["trunk"])
+    for other in trunks[1:]:
+        assert_same_bits(other, trunks[0])
+
+
+# --- fixed coefficients ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("regime", "weight", "head_loss"),
+    [
+        ("detach", 0.0, "distill"),
+        ("detach", 0.0, "policy"),
+        ("ce", -0.4, "ce"),
+        ("ce", 0.5, "policy"),
+        ("policy", 0.7, "ce"),
+        ("policy", 0.7, "policy"),
+    ],
+)
+def test_gradients_are_those_of_the_losses_written_out(regime, weight, head_loss):
+    config = make_config(regime=regime, coefficient=weight, head_loss=head_loss)
+    state, metrics = update(config, make_batch())
+    want = expected()
+    h = want.h_ce if regime == "ce" else want.h_policy
+    assert_close(emitted(state), combine(want.g, h, [weight] * K))
+    # The policy loss of the head carries the coefficient where the trunk has one.
+    scale = weight if regime == "policy" else 1.0
+    phi = {
+        "ce": want.phi_ce,
+        "distill": want.phi_distill,
+        "policy": jax.tree.map(lambda x, y: scale * (x + y), *want.phi_policy),
+    }[head_loss]
+    assert_close(emitted(state, "mtp"), phi)
+    np.testing.assert_allclose(metrics["actor/pg_loss"], want.losses["rl"], rtol=1e-5)
+    for k in range(K):
+        np.testing.assert_allclose(
+            metrics[f"mtp_losses/mtp_{k + 1}_loss"], want.losses["ce"][k], rtol=1e-5
+        )
+        np.testing.assert_allclose(metrics[f"mtp/agreement_{k + 1}"], want.agreement[k], rtol=1e-5)
+        if regime != "detach":
+            np.testing.assert_allclose(metrics[f"occ/coefficient_{k + 1}"], weight, rtol=1e-6)
+            name = regime if regime == "ce" else "policy"
+            np.testing.assert_allclose(
+                metrics[f"mtp/policy_loss_{k + 1}"], want.losses[name][k], rtol=1e-5
+            )
+
+
+def test_the_ratio_can_start_from_the_main_heads_old_log_probs():
+    config = make_config(regime="policy", coefficient=0.7, auxiliary_ratio="main")
+    state, _ = update(config, make_batch(old_auxiliary_log_probs=None))
+    want = oracle(parameters(), inputs()._replace(old_auxiliary=np.stack([inputs().old] * K)))
+    assert_close(emitted(state), combine(want.g, want.h_policy, [0.7] * K))
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [{"regime": "policy", "coefficient": 0.0}, {"estimator": "log_prob"}],
+    ids=["policy", "log_prob at its first update"],
+)
+def test_a_coefficient_of_zero_is_no_auxiliary_loss(mtp):
+    detached, _ = update(make_config(regime="detach"), make_batch())
+    state, _ = update(make_config(**mtp), make_batch())
+    assert_close(state.params, detached.params, rtol=1e-7)
+    assert_close(emitted(state), emitted(detached), rtol=1e-6)
+
+
+def test_the_entropy_bonus_leaves_the_modules_losses_in_place():
+    mtp = {"regime": "policy", "coefficient": 0.7}
+    plain, _ = update(make_config(**mtp), make_batch())
+    state, metrics = update(
+        make_config(algorithm={"entropy_coefficient": 0.3}, **mtp), make_batch()
+    )
+    want = expected()
+    total = jax.tree.map(lambda g, entropy: g - 0.3 * entropy, want.g, want.entropy)
+    assert_close(emitted(state), combine(total, want.h_policy, [0.7] * K))
+    assert_same_bits(emitted(state, "mtp"), emitted(plain, "mtp"))
+    np.testing.assert_allclose(metrics["actor/entropy"], want.losses["entropy"], rtol=1e-5)
+    loss = want.losses["rl"] - 0.3 * want.losses["entropy"]
+    np.testing.assert_allclose(metrics["actor/pg_loss"], loss, rtol=1e-5)
+
+
+def test_the_kl_penalty_is_added_to_the_main_loss():
+    config = make_config(
+        regime="policy", coefficient=0.7, algorithm={"kl_coefficient": 0.2, "kl_estimator": "k3"}
+    )
+    state, metrics = update(config, make_batch(reference=True))
+    want = expected()
+    total = jax.tree.map(lambda g, kl: g + 0.2 * kl, want.g, want.kl)
+    assert_close(emitted(state), combine(total, want.h_policy, [0.7] * K))
+    np.testing.assert_allclose(metrics["actor/kl_loss"], want.losses["kl"], rtol=1e-5)
+
+
+# --- occ by gradients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_exact_measures_inner_products_and_adds_what_they_say(modules, monkeypatch):
+    passes = []
+
+    def counted(name):
+        function = getattr(occ_jax.rl.gradients, name)
+        return lambda *arguments: passes.append(name) or function(*arguments)
+
+    for name in ("trunk_states", "auxiliary_logits"):
+        monkeypatch.setattr(occ_jax.rl.gradients, name, counted(name))
+    eps = 0.01
+    config = make_config(modules, eps=eps, optimizer={"clip_norm": 0.5, "b1": 0.9})
+    state, metrics = update(config, make_batch(modules))
+    assert passes == ["trunk_states", "auxiliary_logits"]  # one forward, several pullbacks
+    g, h = expected().g, expected().h_policy[:modules]
+    c = np.array([inner(g, x) for x in h])
+    penalty = np.array([[inner(x, y) for y in h] for x in h])
+    weights = np.linalg.solve(penalty + eps * np.eye(modules), c)
+    if modules == 1:
+        np.testing.assert_allclose(weights, c / (norm(h[0]) ** 2 + eps))
+    ratios = np.abs(weights) * np.sqrt(np.diag(penalty)) / norm(g)
+    for k in range(modules):
+        for name, value in (
+            ("coefficient", weights[k]),
+            ("correlation", c[k]),
+            ("cosine", c[k] / norm(g) / norm(h[k])),
+            ("step_ratio", ratios[k]),
+        ):
+            np.testing.assert_allclose(metrics[f"occ/{name}_{k + 1}"], value, rtol=1e-4)
+        for other in range(k, modules):
+            np.testing.assert_allclose(
+                metrics[f"occ/penalty_{k + 1}_{other + 1}"], penalty[k, other], rtol=1e-4, atol=1e-6
+            )
+    gain = weights @ c - 0.5 * weights @ penalty @ weights
+    np.testing.assert_allclose(metrics["occ/predicted_gain"], gain, rtol=1e-4)
+    np.testing.assert_allclose(metrics["actor/grad_norm"], norm(g), rtol=1e-5)
+    assert metrics["occ/non_finite"] == 0
+    np.testing.assert_allclose(calibration(state).coefficient, weights, rtol=1e-4)
+    # The step: clipped after the two are combined, then adamw.
+    theta, total = parameters()["trunk"], combine(g, h, weights)
+    assert norm(total) > 0.5
+    by_hand = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(0.1, b1=0.9, eps=1.0, weight_decay=0.01)
+    )
+    step, _ = by_hand.update(total, by_hand.init(theta), theta)
+    assert_close(state.params["trunk"], optax.apply_updates(theta, step), rtol=1e-6)
+    assert_close(jax.tree.map(jnp.subtract, state.params["trunk"], theta), step, rtol=1e-4)
+
+
+def test_between_measurements_the_last_coefficient_holds():
+    config = make_config(decay=0.9)
+    state = with_coefficient(start(config), [0.3, -0.2])
+    after, metrics = update(config, make_batch(), state, measure=False)
+    assert_close(emitted(after), combine(expected().g, expected().h_policy, [0.3, -0.2]))
+    assert_same_bits(calibration(after), calibration(state))
+    np.testing.assert_allclose(metrics["occ/coefficient_2"], -0.2, rtol=1e-6)
+    assert not any(name.startswith(("occ/corr", "occ/pen", "occ/cos")) for name in metrics)
+    measured, _ = update(config, make_batch(), state, measure=True)
+    assert int(calibration(measured).count) == 1
+    assert not np.allclose(coefficient(measured), coefficient(state))
+
+
+def test_as_published_the_head_starves_with_the_coefficient():
+    config = make_config(head_loss="policy", estimator="log_prob")
+    state = with_coefficient(start(config), [0.5, 0.0])
+    after, _ = update(config, make_batch(), state)
+    first, second = expected().phi_policy
+    del second
+    assert_close(emitted(after, "mtp")[0], jax.tree.map(lambda x: 0.5 * x, first[0]))
+    assert norm(emitted(after, "mtp")[1]) == 0
+
+
+# --- occ by log-probabilities ---------------------------------------------------------------------
+
+
+def log_prob_statistics_by_hand(now):
+    """c [K] and G [K, K] from an oracle, token by token."""
+    c, penalty = np.zeros(K), np.zeros((K, K))
+    for b, j in zip(*np.nonzero(MASKS[0]), strict=True):
+        delta = float(now.log_probs[b, j] - inputs().old[b, j])
+        each = [
+            float(now.auxiliary_log_probs[k, b, j] - inputs().old_auxiliary[k, b, j])
+            if MASKS[k + 1, b, j]
+            else 0.0
+            for k in range(K)
+        ]
+        c += [delta * x for x in each]
+        penalty += np.outer(each, each)
+    return c, penalty
+
+
+def test_log_prob_uses_the_statistics_of_updates_before_this_one():
+    config = make_config(estimator="log_prob", decay=0.5, eps=1e-3)
+    batch, eps = make_batch(), 1e-3 * np.eye(K)
+    first, metrics = update(config, batch)
+    c, penalty = log_prob_statistics_by_hand(expected())
+    np.testing.assert_allclose(
+        [metrics["occ/correlation_1"], metrics["occ/correlation_2"]], c, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        [metrics[f"occ/penalty_{name}"] for name in ("1_1", "1_2", "2_2")],
+        penalty[np.triu_indices(2)],
+        rtol=1e-4,
+    )
+    assert metrics["occ/coefficient_1"] == metrics["occ/coefficient_2"] == 0
+    assert_close(emitted(first), expected().g)
+    weights = np.linalg.solve(penalty + eps, c)
+    np.testing.assert_allclose(coefficient(first), weights, rtol=1e-4)
+
+    second, metrics = update(config, batch, first)
+    now = oracle(first.params, inputs())
+    assert_close(emitted(second), combine(now.g, now.h_policy, weights), rtol=1e-4)
+    for k in range(K):
+        np.testing.assert_allclose(metrics[f"occ/coefficient_{k + 1}"], weights[k], rtol=1e-4)
+    # Debiased averages of two measurements with decay 1/2: weights 1/3 and 2/3.
+    new_c, new_penalty = log_prob_statistics_by_hand(now)
+    c, penalty = (c + 2 * new_c) / 3, (penalty + 2 * new_penalty) / 3
+    np.testing.assert_allclose(calibration(second).correlation, c, rtol=1e-4)
+    np.testing.assert_allclose(coefficient(second), np.linalg.solve(penalty + eps, c), rtol=1e-3)
+
+
+def test_released_folds_its_coefficient_into_the_advantage():
+    config = make_config(estimator="released", released_factor=0.3)
+    state, metrics = update(config, make_batch())
+    now, weights = expected(), np.zeros(K)
+    for k in range(K):
+        for b, j in zip(*np.nonzero(MASKS[k + 1]), strict=True):
+            delta = float(now.log_probs[b, j] - inputs().old[b, j])
+            auxiliary = float(now.auxiliary_log_probs[k, b, j] - inputs().old[b, j])
+            weights[k] += delta * auxiliary / (auxiliary**2 + 1e-8)
+        weights[k] *= 0.3 / K / (B * R)  # the mean is over padding as well
+        np.testing.assert_allclose(metrics[f"occ/coefficient_{k + 1}"], weights[k], rtol=1e-4)
+    folded = inputs().advantages * weights[:, None].astype(np.float32)
+    want = oracle(parameters(), inputs()._replace(auxiliary_advantages=folded))
+    assert_close(emitted(state), combine(want.g, want.h_policy, [1.0] * K))
+    # A negative coefficient turns the advantages' signs before the clip, so it silences others.
+    assert weights.min() < 0
+    k = int(weights.argmin())
+    outside = jax.tree.map(lambda x: weights[k] * x, now.h_policy[k])
+    difference = jax.tree.map(jnp.subtract, want.h_policy[k], outside)
+    assert norm(difference) > 0.1 * norm(outside)
+    assert_same_bits(calibration(state), calibration(start(config)))  # no memory
+
+
+# --- micro-batches --------------------------------------------------------------------------------
+
+
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+
+
+@pytest.mark.parametrize(
+    ("modules", "aggregation", "mtp"),
+    [
+        *((0, aggregation, {"regime": "detach"}) for aggregation in AGGREGATIONS),
+        # The policy objective on the modules, in all four, whichever way lambda comes about.
+        (1, "token-mean", {"regime": "policy"}),
+        (1, "seq-mean-token-mean", {"regime": "policy"}),
+        (1, "seq-mean-token-sum", {"estimator": "log_prob", "head_loss": "policy"}),
+        (1, "seq-mean-token-sum-norm", {"estimator": "exact"}),
+        (1, "token-mean", {"regime": "ce", "head_loss": "distill"}),
+    ],
+)
+def test_micro_batches_add_up_to_the_mini_batch(modules, aggregation, mtp):
+    whole = make_config(modules, algorithm={"aggregation": aggregation}, **mtp)
+    split = make_config(modules, 2, algorithm={"aggregation": aggregation}, **mtp)
+    state = start(whole)
+    if mtp.get("estimator") == "log_prob":
+        state = with_coefficient(state, [0.6])
+    want, want_metrics = update(whole, make_batch(modules), state)
+    got, metrics = jit_update(split, make_batch(modules), state)
+    assert_close(got.params, want.params, rtol=1e-6)
+    assert_close(emitted(got), emitted(want), rtol=1e-5)
+    assert_close(emitted(got, "mtp"), emitted(want, "mtp"), rtol=1e-5)
+    assert metrics.keys() == want_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, want_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_cross_batch_is_the_mean_over_pairs_of_different_micro_batches():
+    count = 4
+    config = make_config(1, count, estimator="cross_batch")
+    state, metrics = jit_update(config, make_batch(1))
+    each = []
+    for m in range(count):
+        rows = (np.arange(B) // (B // count) == m).astype(np.float32)
+        each.append(oracle(parameters(), inputs()._replace(rows=rows)))
+    # Losses are divided by the mini-batch's denominator: g_m, the estimate that micro-batch m gives
+    # of the whole gradient, is M times its share.
+    pairs = [
+        count**2 * inner(each[m].g, each[n].h_policy[0])
+        for m, n in itertools.permutations(range(count), 2)
+    ]
+    c, square = np.mean(pairs), norm(expected().h_policy[0]) ** 2
+    np.testing.assert_allclose(metrics["occ/correlation_1"], c, rtol=1e-4)
+    np.testing.assert_allclose(metrics["occ/penalty_1_1"], square, rtol=1e-4)
+    np.testing.assert_allclose(metrics["occ/coefficient_1"], c / (square + 1e-8), rtol=1e-4)
+    assert_close(
+        emitted(state), combine(expected().g, expected().h_policy[:1], [c / square]), rtol=1e-4
+    )
+    # Far from what the same samples say of themselves.
+    same = inner(expected().g, expected().h_policy[0])
+    assert abs(same - c) > 0.1 * abs(c)
+    cosine = same / norm(expected().g) / np.sqrt(square)
+    np.testing.assert_allclose(metrics["occ/cosine_1"], cosine, rtol=1e-4)
+
+
+# --- padding, empty batches, what is not finite ---------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["exact", "log_prob", "released"])
+def test_padding_reaches_nothing(estimator):
+    config = make_config(estimator=estimator, algorithm={"kl_coefficient": 0.1})
+    state = start(config)
+    if estimator == "log_prob":
+        state = with_coefficient(state, [0.5, -0.5])
+    want = update(config, make_batch(reference=True), state)
+    got = update(config, make_batch(reference=True, padding=np.nan, pad_token=7), state)
+    assert got[1]["actor/skipped"] == 0
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        {"regime": "detach", "head_loss": "distill"},
+        {"regime": "ce"},
+        {"estimator": "exact"},
+        {"estimator": "log_prob", "head_loss": "policy"},
+        {"estimator": "released"},
+    ],
+)
+def test_a_mini_batch_without_a_trained_token_has_zero_gradients(mtp):
+    config = make_config(**mtp)
+    batch = make_batch(padding=np.nan, response_mask=jnp.zeros((B, R), bool))
+    state, metrics = update(config, batch)
+    for group in ("trunk", "mtp"):
+        assert norm(emitted(state, group)) == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["actor/skipped"] == metrics["actor/grad_norm"] == metrics["actor/pg_loss"] == 0
+
+
+@pytest.mark.parametrize(
+    "mtp", [{"regime": "detach"}, {"estimator": "exact"}, {"estimator": "log_prob"}]
+)
+def test_a_loss_that_is_not_finite_skips_the_update(mtp):
+    config = make_config(decay=0.5, **mtp)
+    before, _ = update(config, make_batch())
+    bad = make_batch(advantages=make_batch().advantages.at[2].set(jnp.nan))
+    after, metrics = update(config, bad, before)
+    assert_same_bits(after.params, before.params)
+    assert_same_bits(after.opt_state, before.opt_state)
+    assert metrics["actor/skipped"] == 1
+    assert int(after.step) == int(before.step) + 1 == 2
+    again, metrics = update(config, make_batch(), after)
+    assert metrics["actor/skipped"] == 0
+    assert_same_bits(again.params, update(config, make_batch(), before)[0].params)
+
+
+def test_an_auxiliary_gradient_that_is_not_finite_leaves_the_main_update_alone():
+    config = make_config(decay=0.5)
+    state = with_coefficient(start(config), [0.5, 0.5])
+    old = make_batch().old_auxiliary_log_probs.at[1, 0, 0].set(jnp.nan)
+    after, metrics = update(config, make_batch(old_auxiliary_log_probs=old), state)
+    assert metrics["occ/non_finite"] == 1 and metrics["actor/skipped"] == 0
+    assert_close(emitted(after), expected().g)
+    assert_close(emitted(after, "mtp"), expected().phi_ce)
+    assert metrics["occ/coefficient_1"] == metrics["occ/coefficient_2"] == 0
+    assert_same_bits(calibration(after), calibration(state))
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled_steps():
+    """What training runs, on one device: updates with and without a measurement."""
+    config = make_config(1, measure_every=2)
+    mesh = make_mesh(config.mesh)
+    steps = [
+        jit_train_step(Model(config.model), config, mesh, measure=measure)
+        for measure in (True, False)
+    ]
+    return config, mesh, steps
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_compiled_and_eager_updates_agree(measure):
+    config, mesh, steps = compiled_steps()
+    state = with_coefficient(start(config), [0.4])
+    want, want_metrics = update(config, make_batch(1), state, measure)
+    placed = place_state(config, parameters(1), 0, mesh)
+    placed = jax.device_put(with_coefficient(placed, [0.4]), state_shardings(mesh, placed))
+    got, metrics = steps[not measure](placed, make_batch(1))
+    assert_close(got.params, want.params, rtol=1e-6)
+    assert_close(emitted(got), emitted(want))
+    assert_close(emitted(got, "mtp"), emitted(want, "mtp"))
+    assert_close(calibration(got), calibration(want))
+    assert metrics.keys() == want_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, want_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_updates_are_repeatable_to_the_bit_and_compile_once_a_kind():
+    config, mesh, steps = compiled_steps()
+    ends = []
+    for _ in range(2):
+        state = place_state(config, parameters(1), 0, mesh)
+        for t in range(4):
+            before = state
+            state, _ = steps[t % 2](state, make_batch(1))
+            assert before.params["trunk"]["embed"]["embedding"].is_deleted()  # donated
+        ends.append(state)
+    assert int(ends[0].step) == 4 and int(calibration(ends[0]).count) == 2
+    assert_same_bits(ends[1], ends[0])
+    assert_same_bits(ends[0].key, jax.random.key(0))
+    assert [step._cache_size() for step in steps] == [1, 1]
+    assert not parameters(1)["trunk"]["embed"]["embedding"].is_deleted()
+
+
+def test_bfloat16_parameters_are_measured_in_float32():
+    config = make_config(1, 2, estimator="cross_batch", decay=0.5)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, param_dtype="bfloat16")
+    )
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters())
+    state = start(config, {"trunk": rounded["trunk"], "mtp": {0: rounded["mtp"][0]}})
+    want = oracle(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), inputs())
+    step = jax.jit(functools.partial(train_step, Model(config.model), config))
+    types = jax.tree.map(lambda x: x.dtype, state)
+    for t in range(2):
+        state, metrics = step(state, make_batch(1))
+        assert metrics["actor/skipped"] == 0
+        assert jax.tree.map(lambda x: x.dtype, state) == types
+        assert {x.dtype for x in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
+        assert int(calibration(state).count) == t + 1
+        if t == 0:
+            # Only the gradients' entries are rounded, by 2^-9 each; their sums are not.
+            np.testing.assert_allclose(
+                metrics["occ/penalty_1_1"], norm(want.h_policy[0]) ** 2, rtol=1e-3
+            )
+            np.testing.assert_allclose(metrics["actor/grad_norm"], norm(want.g), rtol=1e-3)
+    assert step._cache_size() == 1
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in calibration(state)[1:]} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_types_do_not_drift_with_bfloat16_throughout(micro_batches):
+    config = make_config(2, micro_batches, head_loss="distill")
+    narrow = dataclasses.replace(config.model, param_dtype="bfloat16", dtype="bfloat16")
+    config = dataclasses.replace(config, model=narrow)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters())
+    for measure in (True, False):
+        state = start(config, params)
+        step = functools.partial(train_step, Model(narrow), config, measure=measure)
+        after, metrics = jax.eval_shape(step, state, make_batch())
+        types = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (after, state)]
+        assert types[0] == types[1]
+        assert {(x.shape, x.dtype) for x in metrics.values()} == {((), jnp.dtype("float32"))}

@@ -1,0 +1,54 @@
+"""The smallest experiment that still does everything, shared by the tests of whole runs."""
+
+from pathlib import Path
+
+from occ_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+    WarmStartConfig,
+)
+
+
+def tiny_config(directory: Path, **run: object) -> Config:
+    """Reverse two digits with one layer; seconds on a CPU."""
+    return Config(
+        task=TaskConfig(name="reverse_digits", digits=2),
+        model=ModelConfig(
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            intermediate_size=32,
+        ),
+        warm_start=WarmStartConfig(
+            steps=20, batch_size=32, cache_directory=str(directory / "warm_starts")
+        ),
+        rollout=RolloutConfig(num_prompts=4, group_size=4, max_new_tokens=4),
+        algorithm=AlgorithmConfig(updates_per_rollout=2),
+        run=RunConfig(
+            **{
+                "directory": str(directory / "run"),
+                "steps": 6,
+                "evaluate_every": 3,
+                "evaluation_prompts": 8,
+                "evaluation_samples": 2,
+                "checkpoint_every": 2,
+                **run,
+            }
+        ),
+    )
+
+
+def config_file(directory: Path, **run: object) -> Path:
+    """A config file for the command line."""
+    path = directory / "tiny.py"
+    path.write_text(
+        f"from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
+        f"def get_config():\n    return tiny_config(Path({str(directory)!r}), **{run!r})\n"
+    )
+    return path
