@@ -21,7 +21,7 @@ from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
     auxiliary_states,
-    token_log_probs,
+    score_tokens,
     trunk_states,
 )
 from occ_jax.rewards.exact_match import exact_match
@@ -188,10 +188,13 @@ def _agreement(
     heads = auxiliary_states(
         model, params, states.mtp_input, rollout.tokens, rollout.valid, response
     )
-    main = jnp.argmax(model.logits(params["trunk"], states.hidden[:, -response:]), axis=-1)
-    drafts = jnp.stack([jnp.argmax(model.logits(params["trunk"], h), axis=-1) for h in heads])
+    tokens = rollout.tokens[:, -response:]
+    main, *drafts = (
+        score_tokens(model, params["trunk"], hidden, tokens).best
+        for hidden in (states.hidden[:, -response:], *heads)
+    )
     masks = auxiliary_masks(rollout.valid, rollout.response_mask, depth)
-    matches = masks & (drafts == main[None])
+    matches = masks & (jnp.stack(drafts) == main[None])
     return (
         jnp.sum(matches, axis=(1, 2), dtype=jnp.float32),
         jnp.sum(masks, axis=(1, 2), dtype=jnp.float32),
@@ -204,8 +207,8 @@ def _answer_probability(model: Model, response: int) -> Callable[..., Array]:
         theta: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
     ) -> Float[Array, " B"]:
         states = trunk_states(model, theta, tokens, valid)
-        logits = model.logits(theta, states.hidden[:, -response:])
-        log_probs = token_log_probs(logits, tokens[:, -response:])
+        scores = score_tokens(model, theta, states.hidden[:, -response:], tokens[:, -response:])
+        log_probs = scores.log_probs
         return jnp.exp(jnp.sum(jnp.where(valid[:, -response:], log_probs, 0.0), axis=1))
 
     return jax.jit(run)

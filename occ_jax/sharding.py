@@ -20,23 +20,35 @@ from occ_jax.types import map_rows
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # mesh axes the rows of a batch are split over
 
-# Last names of a parameter's path -> how its dimensions lie on the mesh. A kernel is [in, out].
+_IN, _OUT = P("fsdp", "tensor"), P("tensor", "fsdp")  # reads, writes the residual stream
+
+# Last names of a parameter's path -> how its last dimensions lie on the mesh; a kernel is
+# [in, out]. Dimensions in front, repeats of a scanned segment and experts, are not split.
 _RULES: dict[tuple[str, ...], P] = {
-    ("embed", "embedding"): P("tensor", "fsdp"),
-    ("head", "kernel"): P("fsdp", "tensor"),
-    ("query", "kernel"): P("fsdp", "tensor"),
-    ("key", "kernel"): P("fsdp", "tensor"),
-    ("value", "kernel"): P("fsdp", "tensor"),
+    ("embed", "embedding"): _OUT,
+    ("head", "kernel"): _IN,
+    ("query", "kernel"): _IN,
+    ("key", "kernel"): _IN,
+    ("value", "kernel"): _IN,
     ("query", "bias"): P("tensor"),
     ("key", "bias"): P("tensor"),
     ("value", "bias"): P("tensor"),
-    ("output", "kernel"): P("tensor", "fsdp"),
-    ("gate", "kernel"): P("fsdp", "tensor"),
-    ("up", "kernel"): P("fsdp", "tensor"),
-    ("down", "kernel"): P("tensor", "fsdp"),
+    ("output", "kernel"): _OUT,
+    ("gate", "kernel"): _IN,
+    ("up", "kernel"): _IN,
+    ("down", "kernel"): _OUT,
+    ("query_down", "kernel"): P("fsdp", None),
+    ("latent_down", "kernel"): P("fsdp", None),
+    ("shared_key", "kernel"): P("fsdp", None),
+    ("qkv", "kernel"): P("fsdp", None),
+    ("beta", "kernel"): P("fsdp", None),
+    ("decay", "kernel"): P("fsdp", None),
+    ("experts", "gate"): _IN,
+    ("experts", "up"): _IN,
+    ("experts", "down"): _OUT,
     # As everything that writes to the residual stream: the other way round XLA's partitioner (jax
     # 0.10 and 0.12) gives wrong numbers on some meshes with all three axes.
-    ("projection", "kernel"): P("tensor", "fsdp"),
+    ("projection", "kernel"): _OUT,
 }
 
 
@@ -66,8 +78,9 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
     """
     names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
     spec = _RULES.get(names[-2:], P())
-    if len(spec) != leaf.ndim:
+    if len(spec) > leaf.ndim:
         return P()
+    spec = (*[None] * (leaf.ndim - len(spec)), *spec)
     return P(
         *(
             axis if axis is not None and size % mesh.shape[axis] == 0 else None

@@ -30,7 +30,7 @@ from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
     auxiliary_states,
-    token_log_probs,
+    score_tokens,
     trunk_states,
 )
 from occ_jax.rl.losses import mean, negative_log_likelihood
@@ -114,7 +114,7 @@ def supervised_loss(
     losses = [
         mean(
             negative_log_likelihood(
-                token_log_probs(model.logits(params["trunk"], head), targets), mask
+                score_tokens(model, params["trunk"], head, targets).log_probs, mask
             )
         )
         for head, mask in zip(heads, masks, strict=True)

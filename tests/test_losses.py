@@ -17,8 +17,6 @@ from occ_jax.rl import (
     aggregation_denominator,
     cispo_loss,
     clipped_policy_loss,
-    distillation_loss,
-    entropy,
     gspo_loss,
     kl_penalty,
     losses,
@@ -543,7 +541,7 @@ def test_rollout_correction_weighs_the_clipped_loss():
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-# --- likelihood and distillation
+# --- likelihood
 
 
 @pytest.mark.parametrize(
@@ -569,84 +567,17 @@ def test_negative_log_likelihood_has_no_gradient_at_masked_positions():
     np.testing.assert_allclose(gradient, [[-1 / 3, -1 / 3, 0], [-1 / 3, 0, 0]], rtol=1e-6)
 
 
-def test_distillation_matches_hand_derivation():
-    # Teacher (3/4, 1/4), student (1/2, 1/2): L = ln 2; the teacher's entropy is
-    # 3/4 ln 4/3 + 1/4 ln 4 = 0.5623351, so KL = 0.1308120. Gradient p_student - p_teacher.
-    teacher = array(np.tile(np.log([3.0, 1.0]), (2, 3, 1)))
-    student = array(np.zeros((2, 3, 2)))
-
-    def value(teacher, student):
-        loss = distillation_loss(teacher, student, HAND_MASK)
-        return mean(loss), loss
-
-    gradients, loss = jax.jit(jax.grad(value, argnums=(0, 1), has_aux=True))(teacher, student)
-    np.testing.assert_allclose(loss[:2], (3 * math.log(2), 3.0), rtol=1e-6)
-    np.testing.assert_allclose(loss.metrics["distillation_kl"] / 3, 0.1308120, rtol=1e-5)
-    assert loss.metrics["tokens"] == 3.0
-    np.testing.assert_array_equal(gradients[0], 0.0)
-    expected = np.asarray(HAND_MASK)[..., None] * np.array([-0.25, 0.25]) / 3
-    np.testing.assert_allclose(gradients[1], expected, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("aggregation", "total", "denominator"),
-    [
-        # ln 2 a token: 3 tokens; 2 rows; 3 tokens over 2 rows; divided by 8.
-        ("token-mean", 3.0, 3.0),
-        ("seq-mean-token-mean", 2.0, 2.0),
-        ("seq-mean-token-sum", 3.0, 2.0),
-        ("seq-mean-token-sum-norm", 3.0 / 8.0, 2.0),
-    ],
-)
-def test_distillation_in_every_aggregation(aggregation, total, denominator):
-    ones = array(np.ones((2, 3, 2)))
-    loss = distillation_loss(ones, ones, HAND_MASK, aggregation=aggregation, normalizer=8.0)
-    np.testing.assert_allclose(loss[:2], (total * math.log(2), denominator), rtol=1e-6)
-
-
-def test_distillation_gradient_vanishes_only_at_the_teacher():
-    teacher = np.random.default_rng(0).normal(size=(2, 3, 5))
-
-    @jax.jit
-    @jax.grad
-    def gradient(student):
-        return mean(distillation_loss(array(teacher), student, HAND_MASK))
-
-    # Logits are the teacher's up to a constant: the same distribution.
-    np.testing.assert_allclose(gradient(array(teacher + 2.0)), 0.0, atol=1e-7)
-    moved = np.asarray(gradient(array(teacher + 0.1 * np.eye(5)[0])))
-    assert np.all(np.abs(moved[np.asarray(HAND_MASK) == 1]).max(axis=-1) > 1e-4)
-
-
-def test_distillation_with_excluded_tokens_and_masked_garbage():
-    # The teacher is sure of token 0, the student halves between 0 and 1, both exclude token 2.
-    masked = np.asarray(HAND_MASK)[..., None] == 0
-    teacher = array(np.where(masked, np.nan, [0.0, -np.inf, -np.inf]))
-    student = array(np.where(masked, np.inf, [0.0, 0.0, -np.inf]))
-
-    def value(student):
-        return mean(distillation_loss(teacher, student, HAND_MASK))
-
-    result, gradient = jax.jit(jax.value_and_grad(value))(student)
-    np.testing.assert_allclose(result, math.log(2), rtol=1e-6)
-    expected = np.asarray(HAND_MASK)[..., None] * np.array([-0.5, 0.5, 0.0]) / 3
-    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("loss", ["negative_log_likelihood", "distillation_loss"])
 @each_aggregation
-def test_auxiliary_losses_add_up_over_micro_batches(loss, aggregation):
+def test_likelihoods_add_up_over_micro_batches(aggregation):
     log_probs, _, _, mask = random_batch()
-    logits = np.random.default_rng(3).normal(size=(2, 6, 5, 4))
-    arrays = (log_probs,) if loss == "negative_log_likelihood" else [array(part) for part in logits]
-    function = functools.partial(getattr(losses, loss), aggregation=aggregation)
-    whole = function(*arrays, mask)
-    parts = [function(*(field[rows] for field in arrays), mask[rows]) for rows in ROW_BY_ROW]
+    function = functools.partial(negative_log_likelihood, aggregation=aggregation)
+    whole = function(log_probs, mask)
+    parts = [function(log_probs[rows], mask[rows]) for rows in ROW_BY_ROW]
     summed = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), summed, whole)
 
 
-# --- KL and entropy
+# --- KL
 
 
 @pytest.mark.parametrize(
@@ -735,34 +666,9 @@ def test_masked_garbage_in_the_kl(kind):
     np.testing.assert_array_equal(gradients[1], 0.0)
 
 
-def test_entropy_matches_hand_derivation():
-    # Uniform over V: ln V, wherever the logits lie. (3/4, 1/4): 0.5623351.
-    jitted = jax.jit(entropy)
-    for size in (1, 7):
-        np.testing.assert_allclose(
-            jitted(array(np.full((2, size), 1e4))), math.log(size), atol=1e-6
-        )
-    np.testing.assert_allclose(jitted(array(np.log([3.0, 1.0]))), 0.5623351, rtol=1e-6)
-    # Excluded tokens do not count; a certain token has none; bf16 comes out as float32.
-    excluded = array([[0.0, -np.inf, 0.0], [5.0, -np.inf, -np.inf], [1e5, 0.0, -1e5]])
-    result = jitted(excluded.astype(jnp.bfloat16))
-    np.testing.assert_allclose(result, [math.log(2), 0.0, 0.0], rtol=1e-6)
-    assert result.dtype == jnp.float32
-    assert jax.eval_shape(entropy, LOGITS).shape == (2, 3)
-
-
-def test_entropy_gradient():
-    # dH/dx = -p (ln p + H). For (3/4, 1/4): H = 0.5623351, ∓0.2059898. Excluded: 0.
-    gradient = jax.jit(jax.grad(entropy))
-    logits = array([math.log(3.0), 0.0, -np.inf])
-    np.testing.assert_allclose(gradient(logits), [-0.2059898, 0.2059898, 0.0], rtol=1e-5, atol=1e-9)
-    np.testing.assert_array_equal(gradient(array([1e5, 0.0, -np.inf])), 0.0)
-
-
 # --- bad input, annotations, examples
 
 ROWS = array(np.zeros((2, 3)))
-LOGITS = array(np.zeros((2, 3, 4)))
 
 
 @pytest.mark.parametrize(
@@ -806,12 +712,6 @@ LOGITS = array(np.zeros((2, 3, 4)))
         ),
         (lambda: clipped_policy_loss(*[ROWS[0]] * 4), r"log_probs has shape \(3,\); allowed"),
         (lambda: negative_log_likelihood(ROWS, ROWS[0]), r"mask has shape \(3,\)"),
-        (
-            lambda: distillation_loss(LOGITS, LOGITS[..., :3], ROWS),
-            r"student_logits has shape \(2, 3, 3\); allowed: \(2, 3, 4\)",
-        ),
-        (lambda: distillation_loss(ROWS, ROWS, ROWS), r"teacher_logits has shape \(2, 3\)"),
-        (lambda: distillation_loss(LOGITS, LOGITS, ROWS[:1]), r"mask has shape \(1, 3\)"),
         (lambda: kl_penalty(ROWS, ROWS, "k4"), "kind='k4'; allowed: k1, k2, k3"),
         (lambda: kl_penalty(ROWS, ROWS[:1]), r"reference_log_probs has shape \(1, 3\)"),
         (lambda: rollout_correction(ROWS, ROWS, cap=0.0), "cap=0.0; allowed"),

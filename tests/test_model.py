@@ -14,13 +14,13 @@ from flax import nnx
 
 from occ_jax.config import ModelConfig
 from occ_jax.models import Model, num_parameters
-from occ_jax.models.attention import rotate
+from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.layers import norm
+from occ_jax.models.rope import Rotary, rotate
 from occ_jax.models.scoring import (
     auxiliary_masks,
     auxiliary_states,
     column_positions,
-    token_log_probs,
     trunk_states,
 )
 
@@ -213,6 +213,24 @@ def test_positions_count_real_tokens():
 # The cache.
 
 
+def garbage_caches(model, params):
+    """Caches of trunk and modules with room for all columns, full of large numbers."""
+    at = jnp.zeros((ROWS, COLUMNS), jnp.int32)
+    valid, hidden = at == 0, jnp.zeros((ROWS, COLUMNS, model.config.hidden_size))
+
+    def written(params):
+        modules = [
+            model.mtp_module(params["mtp"][k], hidden, hidden, at, valid).cache
+            for k in range(MODULES)
+        ]
+        return model.trunk(params["trunk"], at, at, valid).cache, modules
+
+    def fill(x):
+        return np.full(x.shape, 1e3, x.dtype)
+
+    return jax.tree.map(fill, jax.eval_shape(written, params))
+
+
 @each_config
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_cached_columns_equal_the_full_forward(config, chunk):
@@ -228,7 +246,7 @@ def test_cached_columns_equal_the_full_forward(config, chunk):
             yield index, slice(index, index + chunk)
 
     # Garbage in the cache shows any read of a column that is not written yet.
-    cache = jax.tree.map(lambda x: np.full_like(x, 1e3), model.trunk_cache(ROWS, COLUMNS))
+    cache, caches = garbage_caches(model, params)
     decoded = []
     for index, at in pieces():
         out = run_trunk(
@@ -240,21 +258,20 @@ def test_cached_columns_equal_the_full_forward(config, chunk):
     for row, start in enumerate(starts):
         close(decoded[row, start:], hidden[row, start:])
 
-    caches = jax.tree.map(lambda x: np.full_like(x, 1e3), model.mtp_cache(ROWS, COLUMNS))
-    assert len(caches) == MODULES
     state = np.asarray(mtp_input)
     for k, module_cache in enumerate(caches, start=1):
         # The last k slots read no token that exists; nothing real comes after them.
         ahead = np.roll(embeddings, -k, axis=1)
         decoded = []
         for index, at in pieces():
-            piece, module_cache = run_module(
+            out = run_module(
                 model,
                 params["mtp"][k - 1],
                 *(state[:, at], ahead[:, at], positions[:, at]),
                 *(valid, module_cache, index),
             )
-            decoded.append(piece)
+            module_cache = out.cache
+            decoded.append(out.x)
         state = np.concatenate(decoded, axis=1)
         for row, start in enumerate(starts):
             close(state[row, start : COLUMNS - k], states[k - 1][row, start:])
@@ -272,6 +289,10 @@ def test_rms_norm_by_hand():
         close(layer(jnp.array([[3.0, 4.0]])), np.array(expected) * [1, 10])
 
 
+def turns(dimensions):
+    return Rotary(100.0 ** (-np.arange(0, dimensions, 2, dtype=np.float32) / dimensions), 1.0)
+
+
 def test_rotary_positions_by_hand():
     # Pairs (0, 2) and (1, 3) turn by position * (1, theta^-1/2) = 2 * (1, 0.1) radians.
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
@@ -282,7 +303,7 @@ def test_rotary_positions_by_hand():
         3 * np.cos(a) + 1 * np.sin(a),
         4 * np.cos(b) + 2 * np.sin(b),
     ]
-    close(rotate(x, jnp.array([[2]]), 100.0).ravel(), expected)
+    close(rotate(x, jnp.array([[2]]), turns(4)).ravel(), expected)
 
 
 def test_rotation_keeps_norms_and_speaks_of_distances_only():
@@ -290,7 +311,7 @@ def test_rotation_keeps_norms_and_speaks_of_distances_only():
     query, key = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def at(x, position):
-        return rotate(x, jnp.array([[position]]), 100.0).ravel()
+        return rotate(x, jnp.array([[position]]), turns(8)).ravel()
 
     for position in (0, 1, 17, 300):
         close(jnp.linalg.norm(at(query, position)), jnp.linalg.norm(query.ravel()))
@@ -369,12 +390,21 @@ def test_tied_embeddings_are_the_head():
         close(logits, state @ table.T)
 
 
-@pytest.mark.parametrize("depth", [-1, MODULES + 1])
-def test_a_depth_the_model_does_not_have_is_refused(depth):
-    model = Model(SMALL)
+@pytest.mark.parametrize(("modules", "depth"), [(MODULES, -1), (0, 1)])
+def test_a_depth_the_model_does_not_have_is_refused(modules, depth):
+    model = Model(dataclasses.replace(SMALL, num_mtp_modules=modules))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    with pytest.raises(ValueError, match=f"mtp_depth is {depth}.*{MODULES} MTP modules"):
+    with pytest.raises(ValueError, match=f"mtp_depth is {depth}.*{modules} MTP modules"):
         model.apply(params, random_tokens(), mtp_depth=depth)
+
+
+def test_modules_take_turns_beyond_their_number():
+    two = Model(MIMO)
+    params, tokens = random_params(two), random_tokens()
+    four = Model(dataclasses.replace(MIMO, num_mtp_modules=4))
+    repeated = {**params, "mtp": {k: params["mtp"][k % 2] for k in range(4)}}
+    expected = apply(four, repeated, tokens).mtp_logits
+    jax.tree.map(close, apply(two, params, tokens, mtp_depth=4).mtp_logits, expected)
 
 
 def test_fewer_modules_are_the_first_ones():
@@ -412,9 +442,9 @@ def test_the_trunk_is_the_same_whatever_the_number_of_modules():
     jax.tree.map(np.testing.assert_array_equal, drawn[1]["mtp"][0], drawn[2]["mtp"][0])
     # Nothing is drawn twice: trunk layers, modules.
     queries = [
-        block["attention"]["query"]["kernel"]
+        block["mixer"]["query"]["kernel"]
         for block in (
-            *drawn[2]["trunk"]["layers"].values(),
+            *(layer[0] for layer in drawn[2]["trunk"]["layers"].values()),
             *(module["block"] for module in drawn[2]["mtp"].values()),
         )
     ]
@@ -478,12 +508,12 @@ def reference_attention(x, layer, config):
 
 
 def reference_block(x, layer, config):
-    normed = reference_norm(x, layer["attention_norm"], config)
-    x = x + reference_attention(normed, layer["attention"], config)
-    normed = reference_norm(x, layer["mlp_norm"], config)
-    gate = reference_linear(normed, layer["mlp"]["gate"])
-    inner = gate / (1 + np.exp(-gate)) * reference_linear(normed, layer["mlp"]["up"])
-    return x + reference_linear(inner, layer["mlp"]["down"])
+    normed = reference_norm(x, layer["mixer_norm"], config)
+    x = x + reference_attention(normed, layer["mixer"], config)
+    normed = reference_norm(x, layer["feed_forward_norm"], config)
+    gate = reference_linear(normed, layer["feed_forward"]["gate"])
+    inner = gate / (1 + np.exp(-gate)) * reference_linear(normed, layer["feed_forward"]["up"])
+    return x + reference_linear(inner, layer["feed_forward"]["down"])
 
 
 @pytest.mark.parametrize(
@@ -503,7 +533,7 @@ def test_forward_equals_a_numpy_reference(options):
     embeddings = theta["embed"]["embedding"].astype(np.float64)[tokens[0]]
     x = embeddings
     for index in range(config.num_layers):
-        x = reference_block(x, theta["layers"][index], config)
+        x = reference_block(x, theta["layers"][index][0], config)
     hidden = reference_norm(x, theta["final_norm"], config)
     close(out.logits[0], reference_linear(hidden, theta["head"]))
 

@@ -10,10 +10,10 @@ import pytest
 
 from occ_jax.config import ModelConfig
 from occ_jax.models import Model
+from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.scoring import (
     auxiliary_masks,
     auxiliary_states,
-    token_log_probs,
     trunk_states,
 )
 from occ_jax.rollout import sample

@@ -380,13 +380,13 @@ def test_detach_is_airtight_to_the_bit(tie, depths, compiled_as_in_training):
     for modules in depths:
         # Clipping is active: one norm over trunk and modules would leak.
         config = make_config(
-            modules, tie=tie, regime="detach", optimizer={"b1": 0.9, "eps": 1e-8, "clip_norm": 0.05}
+            modules, tie=tie, regime="detach", optimizer={"b1": 0.9, "eps": 1e-8, "clip_norm": 1e-3}
         )
         step = jax.jit(functools.partial(train_step, Model(config.model), config))
         state, batch = start(config), make_batch(modules)
         for _ in range(3):
             state, metrics = step(state, batch)
-            assert metrics["actor/grad_norm"] > 0.05
+            assert metrics["actor/grad_norm"] > 1e-3
         trunks.append(state.params["trunk"])
         if modules:
             assert norm(state.params["mtp"]) != norm(parameters(modules, tie)["mtp"])
@@ -493,12 +493,12 @@ def test_exact_measures_inner_products_and_adds_what_they_say(modules, monkeypat
         function = getattr(occ_jax.rl.gradients, name)
         return lambda *arguments: passes.append(name) or function(*arguments)
 
-    for name in ("trunk_states", "auxiliary_logits"):
+    for name in ("trunk_states", "module_states"):
         monkeypatch.setattr(occ_jax.rl.gradients, name, counted(name))
     eps = 0.01
     config = make_config(modules, eps=eps, optimizer={"clip_norm": 0.5, "b1": 0.9})
     state, metrics = update(config, make_batch(modules))
-    assert passes == ["trunk_states", "auxiliary_logits"]  # one forward, several pullbacks
+    assert passes == ["trunk_states", "module_states"]  # one forward, several pullbacks
     g, h = expected().g, expected().h_policy[:modules]
     c = np.array([inner(g, x) for x in h])
     penalty = np.array([[inner(x, y) for y in h] for x in h])
@@ -609,14 +609,20 @@ def test_log_prob_uses_the_statistics_of_updates_before_this_one():
 def test_released_folds_its_coefficient_into_the_advantage():
     config = make_config(estimator="released", released_factor=0.3)
     state, metrics = update(config, make_batch())
-    now, weights = expected(), np.zeros(K)
+    now, weights, slopes = expected(), np.zeros(K), np.zeros(K)
     for k in range(K):
         for b, j in zip(*np.nonzero(MASKS[k + 1]), strict=True):
             delta = float(now.log_probs[b, j] - inputs().old[b, j])
             auxiliary = float(now.auxiliary_log_probs[k, b, j] - inputs().old[b, j])
             weights[k] += delta * auxiliary / (auxiliary**2 + 1e-8)
-        weights[k] *= 0.3 / K / (B * R)  # the mean is over padding as well
-        np.testing.assert_allclose(metrics[f"occ/coefficient_{k + 1}"], weights[k], rtol=1e-4)
+            slopes[k] += (abs(delta) / abs(auxiliary) + 1) / abs(auxiliary)
+        share = 0.3 / K / (B * R)  # the mean is over padding as well
+        # Where a module's change is near 0 the ratio magnifies the last bits of the
+        # log-probabilities, by how much is its slope; 2e-6 nats are a few of those bits.
+        found = float(metrics[f"occ/coefficient_{k + 1}"])
+        np.testing.assert_allclose(found, share * weights[k], atol=share * slopes[k] * 2e-6)
+        assert share * slopes[k] * 2e-6 < 0.01 * abs(found)
+        weights[k] = found
     folded = inputs().advantages * weights[:, None].astype(np.float32)
     want = oracle(parameters(), inputs()._replace(auxiliary_advantages=folded))
     assert_close(emitted(state), combine(want.g, want.h_policy, [1.0] * K))

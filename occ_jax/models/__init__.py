@@ -1,4 +1,4 @@
-"""The decoder, its MTP modules and its KV cache, as pure functions of a parameter tree."""
+"""The decoder, its MTP modules and its caches, as pure functions of a parameter tree."""
 
 from occ_jax.models.attention import KVCache
 from occ_jax.models.model import Model, ModelOutput, num_parameters

@@ -1,8 +1,8 @@
 """Causal grouped-query attention with rotary positions and an explicit KV cache.
 
-Owns what happens between a block's first norm and its residual sum. Which columns are real tokens
-is the caller's knowledge (`valid`), as is the cache: it comes in as an argument and goes out as a
-result.
+Owns what happens between a block's first norm and its residual sum, and `attend`, which the other
+kind of attention shares. Which columns are real tokens is the caller's knowledge (`Columns`), as is
+the cache: it comes in as an argument and goes out as a result.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import ModelConfig
 from occ_jax.models.layers import linear, norm
+from occ_jax.models.rope import rotary, rotate
+
+
+class Columns(NamedTuple):
+    """Where the T columns of a call lie among the S that can be read."""
+
+    positions: Int[Array, "B T"]  # int32, of each column in its own row
+    valid: Bool[Array, "B S"]  # which columns hold real tokens
+    index: Int[Array, ""] | int  # of the first of the T columns; 0 without a cache, where S = T
 
 
 class KVCache(NamedTuple):
@@ -25,42 +34,34 @@ class KVCache(NamedTuple):
     values: Float[Array, "B S N C"]
 
 
-def empty_cache(config: ModelConfig, rows: int, slots: int) -> KVCache:
-    """Room for `slots` columns of one layer, two arrays so that both can be donated."""
-    shape = (rows, slots, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
-def write_cache(cache: KVCache, new: KVCache, index: Int[Array, ""] | int) -> KVCache:
-    """Puts `new` (T columns) at columns index ... index+T-1."""
-    return KVCache(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(old, columns.astype(old.dtype), index, axis=1)
-            for old, columns in zip(cache, new, strict=True)
-        )
-    )
-
-
-def rotate(
-    x: Float[Array, "B T heads C"], positions: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T heads C"]:
-    """Rotary position embedding, half-split layout: pairs are (i, i + C/2) (arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def attention_mask(
-    valid: Bool[Array, "B S"], num_queries: int, index: Int[Array, ""] | int = 0
-) -> Bool[Array, "B T S"]:
+def attention_mask(columns: Columns) -> Bool[Array, "B T S"]:
     """True where query column index+t may read key column s: s <= index+t and s holds a token."""
-    queries = index + jnp.arange(num_queries)
-    causal = jnp.arange(valid.shape[1])[None, :] <= queries[:, None]
-    return causal[None] & valid[:, None, :]
+    queries = columns.index + jnp.arange(columns.positions.shape[1])
+    causal = jnp.arange(columns.valid.shape[1])[None, :] <= queries[:, None]
+    return causal[None] & columns.valid[:, None, :]
+
+
+def attend(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B S N C"],
+    value: Float[Array, "B S N X"],
+    columns: Columns,
+    scale: float | None = None,
+) -> Float[Array, "B T H X"]:
+    """Softmax attention of T query columns over S; `scale` is C^-0.5 unless given."""
+    size, width = value.shape[-1], query.shape[-1]
+    if size < width:
+        # The kernels want values as wide as keys.
+        value = jnp.pad(value, [(0, 0)] * 3 + [(0, width - size)])
+    mask = attention_mask(columns)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)[..., :size]
+
+
+def write_columns(
+    cache: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], index: Int[Array, ""] | int
+) -> Float[Array, "B S *rest"]:
+    """Puts `new` (T columns) at columns index ... index+T-1."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=1)
 
 
 class Attention(nnx.Module):
@@ -68,7 +69,6 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-
         size, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
         bias = config.qkv_bias
@@ -79,26 +79,25 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = norm(config, config.head_dim, rngs)
             self.key_norm = norm(config, config.head_dim, rngs)
+        if config.attention_gate:
+            self.gate = linear(config, size, heads, rngs, use_bias=bias)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: KVCache | None = None,
-        index: Int[Array, ""] | int = 0,
+        self, x: Float[Array, "B T D"], columns: Columns, cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Attends over the cache's S columns, `x` written at `index` first, or over `x` itself."""
         config = self.config
-        rows, columns = x.shape[:2]
-        query = self.query(x).reshape(rows, columns, config.num_heads, config.head_dim)
-        key = self.key(x).reshape(rows, columns, config.num_kv_heads, config.head_dim)
-        value = self.value(x).reshape(rows, columns, config.num_kv_heads, config.head_dim)
+        shape = (*x.shape[:2], -1, config.head_dim)
+        query, key, value = (part(x).reshape(shape) for part in (self.query, self.key, self.value))
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, positions, config.rope_theta)
-        new = KVCache(rotate(key, positions, config.rope_theta), value)
+        how = rotary(config, int(config.head_dim * config.rope_fraction))
+        query = rotate(query, columns.positions, how)
+        new = KVCache(rotate(key, columns.positions, how), value)
         if cache is not None:
-            new = write_cache(cache, new, index)
-        mixed = jax.nn.dot_product_attention(query, new.keys, new.values, mask=mask[:, None])
-        return self.output(mixed.reshape(rows, columns, -1)), new
+            pairs = zip(cache, new, strict=True)
+            new = KVCache(*(write_columns(old, add, columns.index) for old, add in pairs))
+        mixed = attend(query, new.keys, new.values, columns).reshape(*x.shape[:2], -1)
+        if config.attention_gate:
+            mixed = mixed * jax.nn.sigmoid(self.gate(x))
+        return self.output(mixed), new

@@ -1,9 +1,13 @@
-"""The two layers everything else is made of: a linear map and RMSNorm."""
+"""The layers everything else is made of: linear maps, norms and the dense feed-forward part."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from occ_jax.config import ModelConfig
@@ -22,6 +26,30 @@ class Linear(nnx.Linear):
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm` worked out in float32, the scale's product included, and rounded once."""
+
+    def __init__(self, result_dtype: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, dtype=jnp.float32, **options)
+        self.result_dtype = jnp.dtype(result_dtype)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return super().__call__(x).astype(self.result_dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs) -> None:
+        size = config.hidden_size
+        self.gate = linear(config, size, width, rngs)
+        self.up = linear(config, size, width, rngs)
+        self.down = linear(config, width, size, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
 def linear(
     config: ModelConfig, size_in: int, size_out: int, rngs: nnx.Rngs, *, use_bias: bool = False
 ) -> Linear:
@@ -36,12 +64,40 @@ def linear(
     )
 
 
-def norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm with a learned scale, statistics in float32 (arXiv 1910.07467)."""
-    return nnx.RMSNorm(
+def norm(
+    config: ModelConfig,
+    size: int,
+    rngs: nnx.Rngs,
+    *,
+    zero_centered: bool | None = None,
+    epsilon: float | None = None,
+) -> RMSNorm:
+    """RMSNorm with a learned scale (arXiv 1910.07467).
+
+    Args:
+        config: epsilon, dtypes and the kind of scale.
+        size: dimensions normalised over, the last.
+        rngs: draws nothing; Flax wants one.
+        zero_centered: multiply by 1 + scale; None for what the config says.
+        epsilon: added to the mean square; None for what the config says.
+    """
+    if zero_centered is None:
+        zero_centered = config.zero_centered_norm
+    kind: dict[str, Any] = (
+        {"scale_init": nnx.initializers.zeros_init(), "promote_dtype": _promote_one_plus}
+        if zero_centered
+        else {}
+    )
+    return RMSNorm(
+        config.dtype,
         size,
-        epsilon=config.rms_norm_eps,
-        dtype=jnp.dtype(config.dtype),
+        epsilon=config.rms_norm_eps if epsilon is None else epsilon,
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
+        **kind,
     )
+
+
+def _promote_one_plus(arrays: tuple[Array, Array], *, dtype: Any) -> tuple[Array, Array]:
+    x, scale = promote_dtype(arrays, dtype=dtype)
+    return x, 1.0 + scale

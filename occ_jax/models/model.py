@@ -7,10 +7,9 @@ dictionary of arrays, {"trunk": theta, "mtp": {0: phi_1, ...}}. Outside `models/
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from occ_jax.config import ModelConfig
-from occ_jax.models.attention import KVCache, attention_mask, empty_cache
+from occ_jax.models.attention import Columns
+from occ_jax.models.decoder import (
+    Cache,
+    TrunkOutput,
+    ends,
+    graph,
+    init_module,
+    init_trunk,
+    run_trunk,
+)
 from occ_jax.models.mtp import MTPModule
-from occ_jax.models.transformer import Cache, Trunk, TrunkOutput
+from occ_jax.models.transformer import BlockOutput, LayerCache
 from occ_jax.types import Params
 
 
@@ -30,18 +38,6 @@ class ModelOutput(NamedTuple):
     logits: Float[Array, "B T V"]  # float32; column i predicts the token in column i+1
     hidden: Float[Array, "B T D"]  # what enters the first MTP module
     mtp_logits: list[Array]  # float32 [B, T-k, V] for k = 1...: slot i predicts column i+k+1
-
-
-@functools.cache
-def _graph(module: type[Trunk] | type[MTPModule], config: ModelConfig) -> Any:
-    """The static half of a module, made without allocating a parameter."""
-    return nnx.graphdef(nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))))
-
-
-def _init(
-    module: type[Trunk] | type[MTPModule], config: ModelConfig, key: Key[Array, ""]
-) -> dict[str, Any]:
-    return nnx.to_pure_dict(nnx.state(module(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,9 @@ class Model:
         """
         trunk_key, mtp_key = jax.random.split(key)
         return {
-            "trunk": _init(Trunk, self.config, trunk_key),
+            "trunk": init_trunk(self.config, trunk_key),
             "mtp": {
-                k: _init(MTPModule, self.config, jax.random.fold_in(mtp_key, k))
+                k: init_module(MTPModule, self.config, jax.random.fold_in(mtp_key, k))
                 for k in range(self.config.num_mtp_modules)
             },
         }
@@ -83,18 +79,18 @@ class Model:
             tokens: int32 token ids.
             positions: int32 position of each column in its own row, 0 for the first real token.
             valid: which of the S key columns hold a real token.
-            cache: from `trunk_cache` or an earlier call.
+            cache: of an earlier call, room made by `occ_jax.models.cache.extend`.
             index: the first column written.
         """
-        return nnx.merge(_graph(Trunk, self.config), theta)(tokens, positions, valid, cache, index)
+        return run_trunk(self.config, theta, tokens, Columns(positions, valid, index), cache)
 
     def logits(self, theta: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head on states after a final norm, float32."""
-        return nnx.merge(_graph(Trunk, self.config), theta).logits(hidden)
+        return ends(self.config, theta).logits(hidden)
 
     def embed(self, theta: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embedding, as the trunk and the MTP modules read it."""
-        return nnx.merge(_graph(Trunk, self.config), theta).embed(tokens)
+        return ends(self.config, theta).embed(tokens)
 
     def mtp_module(
         self,
@@ -103,9 +99,9 @@ class Model:
         embeddings: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B S"],
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+    ) -> BlockOutput:
         """One MTP module over T slots (module docstring of `occ_jax.models.mtp`).
 
         Args:
@@ -114,12 +110,11 @@ class Model:
             embeddings: of the token k columns ahead of each slot.
             positions: int32 position of each slot.
             valid: which of the S key slots hold real tokens on both sides.
-            cache: from `mtp_cache` or an earlier call.
+            cache: of an earlier call, room made by `occ_jax.models.cache.extend`.
             index: the first slot written.
         """
-        mask = attention_mask(valid, hidden.shape[1], index)
-        module = nnx.merge(_graph(MTPModule, self.config), phi)
-        return module(hidden, embeddings, positions, mask, cache, index)
+        module = nnx.merge(graph(MTPModule, self.config), phi)
+        return module(hidden, embeddings, Columns(positions, valid, index), cache)
 
     def mtp_states(
         self,
@@ -130,10 +125,10 @@ class Model:
         valid: Bool[Array, "B T+1"],
         depth: int,
     ) -> list[Array]:
-        """Outputs of modules 1 ... depth over a whole sequence, [B, T+1-k, D] for module k.
+        """Outputs at depths 1 ... depth over a whole sequence, [B, T+1-k, D] at depth k.
 
-        Module k's last slot reads the last token. Gradients flow between depths; where they stop
-        otherwise is decided by what the caller passes as `params` and `mtp_input`.
+        The last slot of depth k reads the last token. Gradients flow between depths; where they
+        stop otherwise is decided by what the caller passes as `params` and `mtp_input`.
 
         Args:
             params: trunk (its embedding is read) and modules.
@@ -141,7 +136,8 @@ class Model:
             tokens: all columns.
             positions: of all columns but the last.
             valid: of all columns.
-            depth: modules to run, 0 ... K.
+            depth: how far ahead; beyond K the modules take turns again from the first, as
+                drafters with fewer modules than drafts do.
         """
         embeddings = self.embed(params["trunk"], tokens)
         states: list[Array] = []
@@ -149,23 +145,16 @@ class Model:
         for k in range(1, depth + 1):
             slots = mtp_input.shape[1] + 1 - k
             # A slot is real when both the state and the token it reads are.
-            hidden, _ = self.mtp_module(
-                params["mtp"][k - 1],
+            out = self.mtp_module(
+                params["mtp"][(k - 1) % self.config.num_mtp_modules],
                 hidden[:, :slots],
                 embeddings[:, k : k + slots],
                 positions[:, :slots],
                 valid[:, :slots] & valid[:, k : k + slots],
             )
+            hidden = out.x
             states.append(hidden)
         return states
-
-    def trunk_cache(self, rows: int, slots: int) -> list[KVCache]:
-        """An empty KV cache for every layer of the trunk."""
-        return [empty_cache(self.config, rows, slots) for _ in range(self.config.num_layers)]
-
-    def mtp_cache(self, rows: int, slots: int) -> list[KVCache]:
-        """An empty KV cache for every MTP module."""
-        return [empty_cache(self.config, rows, slots) for _ in range(self.config.num_mtp_modules)]
 
     def apply(
         self,
@@ -181,13 +170,13 @@ class Model:
             tokens: int32, padded on the right.
             lengths: real tokens of each row; None for no padding. Outputs beyond them are
                 meaningless.
-            mtp_depth: modules to run; None for all K.
+            mtp_depth: how far ahead to predict; None for K. Beyond K the modules take turns.
 
         Raises:
-            ValueError: `mtp_depth` outside 0 ... K.
+            ValueError: `mtp_depth` is negative, or positive where there are no modules.
         """
         depth = self.config.num_mtp_modules if mtp_depth is None else mtp_depth
-        if not 0 <= depth <= self.config.num_mtp_modules:
+        if depth < 0 or (depth > 0 and self.config.num_mtp_modules == 0):
             raise ValueError(
                 f"mtp_depth is {depth}; this model has {self.config.num_mtp_modules} MTP modules"
             )

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from occ_jax.config import ModelConfig
-from occ_jax.models.attention import KVCache
+from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
-from occ_jax.models.transformer import Block
+from occ_jax.models.transformer import Block, BlockOutput, LayerCache, mtp_kind
 
 
 class MTPModule(nnx.Module):
@@ -28,22 +28,19 @@ class MTPModule(nnx.Module):
         self.embed_norm = norm(config, size, rngs)
         self.hidden_norm = norm(config, size, rngs)
         self.projection = linear(config, 2 * size, size, rngs)
-        self.block = Block(config, rngs)
+        self.block = Block(config, mtp_kind(config), rngs)
         self.final_norm = norm(config, size, rngs)
 
     def __call__(
         self,
         hidden: Float[Array, "B T D"],
         embeddings: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: KVCache | None = None,
-        index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        columns: Columns,
+        cache: LayerCache | None,
+    ) -> BlockOutput:
         """Output after the module's final norm: what the head and the next module read."""
         pair = [self.embed_norm(embeddings), self.hidden_norm(hidden)]
         if self.config.mtp_concat == "hidden_embed":
             pair.reverse()
-        x = self.projection(jnp.concatenate(pair, axis=-1))
-        x, cache = self.block(x, positions, mask, cache, index)
-        return self.final_norm(x), cache
+        out = self.block(self.projection(jnp.concatenate(pair, axis=-1)), columns, cache)
+        return out._replace(x=self.final_norm(out.x))

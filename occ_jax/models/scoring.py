@@ -7,12 +7,14 @@ no shifting of masks, whatever the depth.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from occ_jax.models.distributions import entropy, soft_cross_entropy, token_log_probs
 from occ_jax.models.model import Model
 from occ_jax.types import Params
 
@@ -22,6 +24,7 @@ class TrunkStates(NamedTuple):
 
     hidden: Float[Array, "B T-1 D"]  # after the final norm
     mtp_input: Float[Array, "B T-1 D"]  # what enters the first MTP module
+    expert_load: Float[Array, "L E"]  # tokens that each expert of each such layer was sent
 
 
 def column_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -33,8 +36,23 @@ def trunk_states(
     model: Model, theta: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
 ) -> TrunkStates:
     """Runs the trunk over every column that predicts one."""
-    out = model.trunk(theta, tokens[:, :-1], column_positions(valid)[:, :-1], valid[:, :-1])
-    return TrunkStates(out.hidden, out.mtp_input)
+    columns = valid[:, :-1]
+    out = model.trunk(theta, tokens[:, :-1], column_positions(valid)[:, :-1], columns)
+    return TrunkStates(out.hidden, out.mtp_input, _expert_load(model, out.experts, columns))
+
+
+def _expert_load(
+    model: Model, experts: list[Int[Array, "repeats B T k"]], valid: Bool[Array, "B T"]
+) -> Float[Array, "L E"]:
+    """Counts real tokens only; [0, 0] for a model without experts."""
+    moe = model.config.moe
+    if moe is None:
+        return jnp.zeros((0, 0))
+    chosen = jnp.concatenate(experts)
+    counted = jnp.broadcast_to(valid[None, :, :, None], chosen.shape)
+    rows = jnp.where(counted, chosen, moe.num_experts).reshape(chosen.shape[0], -1)
+    count = jax.vmap(lambda row: jnp.bincount(row, length=moe.num_experts + 1))
+    return count(rows)[:, :-1].astype(jnp.float32)
 
 
 def auxiliary_states(
@@ -79,14 +97,84 @@ def auxiliary_masks(
     return jnp.stack([response_mask & valid[:, s : s + response] for s in starts])
 
 
-def token_log_probs(
-    logits: Float[Array, "B R V"], tokens: Int[Array, "B R"]
-) -> Float[Array, "B R"]:
-    """log softmax(logits)[token], float32.
+class TokenScores(NamedTuple):
+    """What the output head says of one column's token."""
 
-    The token's logit is picked by comparison, not by a gather: it fuses with the reduction, its
-    gradient is a select where a gather's is a scatter, and it shards over the vocabulary.
+    log_probs: Float[Array, "B R"]  # log pi(token), float32 nats
+    entropy: Float[Array, "B R"]  # of the whole distribution, nats
+    best: Int[Array, "B R"]  # int32, the most probable token
+
+
+def score_tokens(
+    model: Model,
+    theta: Params,
+    hidden: Float[Array, "B R D"],
+    tokens: Int[Array, "B R"],
+    temperature: float = 1.0,
+) -> TokenScores:
+    """Reads the output head without keeping its logits.
+
+    With `model.logits_columns` set, [B, that, V] logits exist at a time, and the backward pass
+    makes them again. What nothing reads is not computed.
+
+    Args:
+        model: the architecture.
+        theta: whose head (and embedding, where tied) is read.
+        hidden: states after a final norm.
+        tokens: int32, the token each state is asked about.
+        temperature: divides the logits.
     """
-    picked = jax.nn.one_hot(tokens, logits.shape[-1], dtype=bool)
-    chosen = jnp.sum(jnp.where(picked, logits, 0.0), axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def score(hidden: Array, tokens: Array) -> TokenScores:
+        logits = model.logits(theta, hidden) / temperature
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return TokenScores(token_log_probs(logits, tokens), entropy(logits), best)
+
+    return _by_columns(model, score, hidden, tokens)
+
+
+def distillation_losses(
+    model: Model,
+    theta: Params,
+    teacher: Float[Array, "B R D"],
+    student: Float[Array, "B R D"],
+    temperature: float = 1.0,
+) -> Float[Array, "B R"]:
+    """`soft_cross_entropy` of two states read by the same head, columns at a time as above.
+
+    Args:
+        model: the architecture.
+        theta: whose head is read.
+        teacher: states whose distribution p is data: no gradient.
+        student: states whose distribution q is fitted to it.
+        temperature: divides both logits.
+    """
+
+    def loss(teacher: Array, student: Array) -> Array:
+        return soft_cross_entropy(
+            model.logits(theta, teacher) / temperature, model.logits(theta, student) / temperature
+        )
+
+    return _by_columns(model, loss, teacher, student)
+
+
+_Result = TypeVar("_Result")
+
+
+def _by_columns(model: Model, function: Callable[..., _Result], *arrays: Array) -> _Result:
+    """`function` of arrays [B, R, ...], `model.logits_columns` columns at a time."""
+    columns, size = arrays[0].shape[1], model.config.logits_columns
+    if size == 0 or size >= columns:
+        return function(*arrays)
+    padding = -columns % size
+
+    def cut(x: Array) -> Array:
+        """[B, R, ...] to [pieces, B, size, ...]: rows stay where they lie on the mesh."""
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :columns]
+
+    piece = jax.checkpoint(lambda parts: function(*parts))
+    return jax.tree.map(join, jax.lax.map(piece, tuple(map(cut, arrays))))

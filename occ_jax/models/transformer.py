@@ -1,106 +1,135 @@
-"""The decoder trunk: embedding, pre-norm blocks, final norm, output head.
+"""Decoder blocks, composed of parts, and how a trunk is made of them.
 
-Its parameters are theta, everything the next-token path uses. The MTP modules borrow its block
-(`mtp.py`), its embedding and its head, the last two as arguments from outside.
+A layer is a mixer and a feed-forward part, both chosen by the config. The layers of a trunk form
+segments, runs of the same pattern of layers; one that is repeated keeps its parameters stacked and
+is run by a scan, so that a deep model compiles no longer than its pattern.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from occ_jax.config import ModelConfig
-from occ_jax.models.attention import Attention, KVCache, attention_mask
-from occ_jax.models.layers import linear, norm
+from occ_jax.models.attention import Attention, Columns, KVCache
+from occ_jax.models.delta_net import DeltaNet, DeltaState
+from occ_jax.models.latent_attention import LatentAttention, LatentCache
+from occ_jax.models.layers import SwiGLU, norm
+from occ_jax.models.moe import MoE
 
-Cache = Sequence[KVCache]  # one KVCache a layer
-
-
-class TrunkOutput(NamedTuple):
-    """What the trunk hands on."""
-
-    hidden: Float[Array, "B T D"]  # after the final norm: what the output head reads
-    mtp_input: Float[Array, "B T D"]  # what enters the first MTP module
-    cache: list[KVCache]  # keys and values of every layer
+LayerCache = KVCache | LatentCache | DeltaState
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+class LayerKind(NamedTuple):
+    """What a layer is made of."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        size, width = config.hidden_size, config.intermediate_size
-        self.gate = linear(config, size, width, rngs)
-        self.up = linear(config, size, width, rngs)
-        self.down = linear(config, width, size, rngs)
+    mixer: Literal["attention", "latent_attention", "delta_net"]
+    feed_forward: Literal["dense", "moe"]
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+class Segment(NamedTuple):
+    """Consecutive layers: `pattern`, `repeats` times."""
+
+    first: int  # number of its first layer
+    pattern: tuple[LayerKind, ...]
+    repeats: int
+
+
+class BlockOutput(NamedTuple):
+    """What a block hands on."""
+
+    x: Float[Array, "B T D"]
+    cache: LayerCache
+    experts: Int[Array, "B T k"] | None  # where a mixture of experts sent every token
+
+
+_MIXERS: dict[str, type[nnx.Module]] = {
+    "attention": Attention,
+    "latent_attention": LatentAttention,
+    "delta_net": DeltaNet,
+}
 
 
 class Block(nnx.Module):
-    """A pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm decoder block: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention_norm = norm(config, config.hidden_size, rngs)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = norm(config, config.hidden_size, rngs)
-        self.mlp = SwiGLU(config, rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: KVCache | None = None,
-        index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        mixed, cache = self.attention(self.attention_norm(x), positions, mask, cache, index)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-
-class Trunk(nnx.Module):
-    """theta: the whole next-token path."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
+    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> None:
+        self.mixer_norm = norm(config, config.hidden_size, rngs)
+        mixer: Any = _MIXERS[kind.mixer]
+        self.mixer = mixer(config, rngs)
+        self.feed_forward_norm = norm(config, config.hidden_size, rngs)
+        self.feed_forward = (
+            MoE(config, rngs)
+            if kind.feed_forward == "moe"
+            else SwiGLU(config, config.intermediate_size, rngs)
         )
-        self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
-        self.final_norm = norm(config, config.hidden_size, rngs)
-        if not config.tie_embeddings:
-            self.head = linear(config, config.hidden_size, config.vocab_size, rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        valid: Bool[Array, "B S"],
-        cache: Cache | None = None,
-        index: Int[Array, ""] | int = 0,
-    ) -> TrunkOutput:
-        mask = attention_mask(valid, tokens.shape[1], index)
-        x = self.embed(tokens)
-        layer_caches = [None] * self.config.num_layers if cache is None else cache
-        new: list[KVCache] = []
-        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x, layer_cache = layer(x, positions, mask, layer_cache, index)
-            new.append(layer_cache)
-        hidden = self.final_norm(x)
-        pre_norm = self.config.mtp_trunk_hidden == "pre_norm"
-        return TrunkOutput(hidden, x if pre_norm else hidden, new)
+        self, x: Float[Array, "B T D"], columns: Columns, cache: LayerCache | None
+    ) -> BlockOutput:
+        mixed, new_cache = self.mixer(self.mixer_norm(x), columns, cache)
+        x = x + mixed
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoE):
+            out, experts = self.feed_forward(normed)
+        else:
+            out, experts = self.feed_forward(normed), None
+        return BlockOutput(x + out, new_cache, experts)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The output head, in float32."""
-        out = self.embed.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
+
+def layer_kinds(config: ModelConfig) -> list[LayerKind]:
+    """The kind of every layer of the trunk."""
+    attention = "attention" if config.latent_attention is None else "latent_attention"
+    net, moe = config.delta_net, config.moe
+    kinds: list[LayerKind] = []
+    for number in range(config.num_layers):
+        full = net is None or (number + 1) % net.full_attention_interval == 0
+        dense = moe is None or number < moe.first_dense_layers
+        kinds.append(LayerKind(attention if full else "delta_net", "dense" if dense else "moe"))
+    return kinds
+
+
+def mtp_kind(config: ModelConfig) -> LayerKind:
+    """The kind of an MTP module's block: full attention, and experts where the trunk has them."""
+    attention = "attention" if config.latent_attention is None else "latent_attention"
+    return LayerKind(attention, "dense" if config.moe is None else "moe")
+
+
+@functools.cache
+def segments(config: ModelConfig) -> tuple[Segment, ...]:
+    """The layers of a trunk in order; one segment a layer unless `scan_layers`.
+
+    Dense layers before a mixture of experts, and what is left over at the end of a pattern that
+    does not divide the rest, are segments of their own.
+    """
+    kinds = layer_kinds(config)
+    if not config.scan_layers:
+        return tuple(Segment(number, (kind,), 1) for number, kind in enumerate(kinds))
+    period = config.delta_net.full_attention_interval if config.delta_net is not None else 1
+    found: list[Segment] = []
+    start = 0
+    while start < len(kinds):
+        pattern = tuple(kinds[start : start + period])
+        repeats = 1
+        while tuple(kinds[start + repeats * period :][:period]) == pattern:
+            repeats += 1
+        found.append(Segment(start, pattern, repeats))
+        start += repeats * len(pattern)
+    return tuple(found)
+
+
+def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its intermediate results recomputed in the backward pass (`model.remat`)."""
+    match config.remat:
+        case "none":
+            return function
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(function, policy=policy)
+        case "full":
+            return jax.checkpoint(function)

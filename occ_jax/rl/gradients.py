@@ -7,10 +7,10 @@ One forward pass through the trunk, always. With the coefficient known beforehan
 earlier update) the cotangents of all heads are added and pulled back *once*; where c and v^2 are to
 be measured exactly, the trunk's pullback runs once for the policy loss and once a module.
 
-Where gradients stop is visible here and nowhere else. The modules' forward pass runs once; its
-pullback gives cotangents of theta (embedding, output head), phi and the trunk's states. Of the
-auxiliary losses, which train the trunk, phi's is dropped; of the head losses, which train the
-module, all but phi's. What is dropped is not computed.
+Where gradients stop is visible here and nowhere else. The modules' forward pass runs once, and so
+does their reading by the output head; the two pullbacks give cotangents of theta (output head;
+embedding), phi and the trunk's states. Of the auxiliary losses, which train the trunk, phi's is
+dropped; of the head losses, which train the module, all but phi's. What is dropped is not computed.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from occ_jax.calibration import Statistics, inner_product_statistics
 from occ_jax.config import Config
 from occ_jax.estimators import log_prob_statistics
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import TrunkStates, auxiliary_masks, trunk_states
+from occ_jax.models.scoring import auxiliary_masks, trunk_states
 from occ_jax.rl.objective import (
-    AuxiliaryOutput,
     Denominators,
     HeadMetrics,
     MainOutput,
     auxiliary_delta,
-    auxiliary_logits,
     auxiliary_losses,
+    head_distillation,
     head_losses,
+    head_metrics,
     main_loss,
     mini_batch_denominators,
+    module_scores,
+    module_states,
 )
 from occ_jax.sharding import rows as row_sharding
 from occ_jax.types import Batch, Params, map_rows
@@ -56,6 +58,7 @@ class Gradients(NamedTuple):
     applied: Float[Array, " K"]  # the coefficient used, averaged over micro-batches
     metrics: dict[str, Float[Array, ""]]  # main head, sums over tokens
     heads: HeadMetrics
+    expert_load: Float[Array, "L E"]  # tokens that each expert of each layer was sent
 
 
 def apart(config: Config, *, measure: bool) -> bool:
@@ -134,54 +137,76 @@ def _micro_batch_gradients(
     measure: bool,
 ) -> Gradients:
     theta, phi, depth = params["trunk"], params["mtp"], model.config.num_mtp_modules
-    states, trunk_pullback = jax.vjp(
-        lambda theta: trunk_states(model, theta, batch.tokens, batch.valid), theta
+    (hidden, mtp_input), trunk_pullback, expert_load = jax.vjp(
+        lambda theta: _trunk_states(model, theta, batch), theta, has_aux=True
     )
-    no_hidden, no_input = jnp.zeros_like(states.hidden), jnp.zeros_like(states.mtp_input)
+    no_hidden, no_input = jnp.zeros_like(hidden), jnp.zeros_like(mtp_input)
 
-    def pull(direct: Params, hidden: Array, mtp_input: Array) -> Params:
+    def pull(direct: Params, d_hidden: Array, d_input: Array) -> Params:
         """Gradient of theta from a head's own gradient and its cotangents of the trunk states."""
-        (through,) = trunk_pullback(TrunkStates(hidden, mtp_input))
+        (through,) = trunk_pullback((d_hidden, d_input))
         return jax.tree.map(jnp.add, direct, through)
 
     loss, main_pullback, main = jax.vjp(
         lambda theta, hidden: main_loss(model, config, theta, hidden, batch, denominators),
         theta,
-        states.hidden,
+        hidden,
         has_aux=True,
     )
     direct, d_hidden = main_pullback(jnp.ones_like(loss))
-    gradients = _nothing(depth)._replace(loss=loss, metrics=main.metrics)
+    gradients = _nothing(depth)._replace(loss=loss, metrics=main.metrics, expert_load=expert_load)
     if depth == 0:
         return gradients._replace(trunk=pull(direct, d_hidden, no_input))
 
-    logits, modules_pullback = jax.vjp(
-        lambda theta, phi, mtp_input: auxiliary_logits(
-            model, config, {"trunk": theta, "mtp": phi}, mtp_input, batch
+    states, modules_pullback = jax.vjp(
+        lambda theta, phi, mtp_input: module_states(
+            model, {"trunk": theta, "mtp": phi}, mtp_input, batch
         ),
         theta,
         phi,
-        states.mtp_input,
+        mtp_input,
+    )
+    log_probs, read_pullback, best = jax.vjp(
+        lambda theta, states: module_scores(model, config, theta, states, batch),
+        theta,
+        states,
+        has_aux=True,
     )
     # Of the head losses' cotangents only phi's is kept, of the auxiliary losses' all but phi's.
-    d_logits, heads = _head_cotangents(config, logits, batch, denominators, main, coefficient)
-    gradients = gradients._replace(mtp=modules_pullback(d_logits)[1], heads=heads)
+    weights = _head_weights(config, coefficient)
+    if config.mtp.head_loss == "distill":
+        d_states = jax.grad(
+            lambda states: (
+                weights @ head_distillation(model, config, theta, states, batch, denominators, main)
+            )
+        )(states)
+    else:
+        d_log_probs = jax.grad(
+            lambda log_probs: weights @ head_losses(config, log_probs, batch, denominators, main)
+        )(log_probs)
+        d_states = read_pullback(d_log_probs)[1]
+    gradients = gradients._replace(
+        mtp=modules_pullback(d_states)[1], heads=head_metrics(log_probs, best, batch, main)
+    )
     if config.mtp.regime == "detach":
         return gradients._replace(trunk=pull(direct, d_hidden, no_input))
 
-    losses, losses_pullback, auxiliary = jax.vjp(
-        lambda logits: auxiliary_losses(config, logits, batch, denominators, main.log_probs),
-        logits,
+    losses, losses_pullback, inside = jax.vjp(
+        lambda log_probs: auxiliary_losses(
+            config, log_probs, batch, denominators, main.scores.log_probs
+        ),
+        log_probs,
         has_aux=True,
     )
 
     def through_modules(weights: Float[Array, " K"]) -> tuple[Params, Array]:
         """Gradient of theta's embedding and head, and cotangent of the states, of w @ L_aux."""
-        d_theta, _, d_input = modules_pullback(*losses_pullback(weights))
-        return d_theta, d_input
+        of_head, d_states = read_pullback(*losses_pullback(weights))
+        of_embedding, _, d_input = modules_pullback(d_states)
+        return jax.tree.map(jnp.add, of_head, of_embedding), d_input
 
     gradients = gradients._replace(
-        auxiliary_loss=losses, proxy=_proxy(config, main, auxiliary, batch, measure=measure)
+        auxiliary_loss=losses, proxy=_proxy(config, main, log_probs, batch, measure=measure)
     )
     if apart(config, measure=measure):
         trunk = pull(direct, d_hidden, no_input)
@@ -196,9 +221,15 @@ def _micro_batch_gradients(
     weights = coefficient if not _released(config) else jnp.ones(depth)
     auxiliary_direct, d_input = through_modules(weights)
     together = jax.tree.map(jnp.add, direct, auxiliary_direct)
-    return gradients._replace(
-        trunk=pull(together, d_hidden, d_input), applied=weights * auxiliary.coefficient
-    )
+    return gradients._replace(trunk=pull(together, d_hidden, d_input), applied=weights * inside)
+
+
+def _trunk_states(
+    model: Model, theta: Params, batch: Batch
+) -> tuple[tuple[Array, Array], Float[Array, "L E"]]:
+    """What the heads read, and what only metrics do."""
+    states = trunk_states(model, theta, batch.tokens, batch.valid)
+    return (states.hidden, states.mtp_input), states.expert_load
 
 
 def _nothing(depth: int) -> Gradients:
@@ -214,6 +245,7 @@ def _nothing(depth: int) -> Gradients:
         applied=jnp.zeros(depth),
         metrics={},
         heads=HeadMetrics(*(jnp.zeros(depth) for _ in HeadMetrics._fields)),
+        expert_load=jnp.zeros((0, 0)),
     )
 
 
@@ -221,38 +253,30 @@ def _released(config: Config) -> bool:
     return config.mtp.regime == "occ" and config.mtp.estimator == "released"
 
 
-def _head_cotangents(
-    config: Config,
-    logits: list[Array],
-    batch: Batch,
-    denominators: Denominators,
-    main: MainOutput,
-    coefficient: Float[Array, " K"],
-) -> tuple[list[Array], HeadMetrics]:
-    """Cotangents of the modules' logits from the head losses.
+def _head_weights(config: Config, coefficient: Float[Array, " K"]) -> Float[Array, " K"]:
+    """Weight of every head loss.
 
     As published the head sees the policy loss with the trunk's coefficient on it; where there is
     one (regimes policy and occ), so does head loss "policy". The other losses have weight 1.
     """
     scaled = config.mtp.head_loss == "policy" and config.mtp.regime in ("policy", "occ")
-    weights = coefficient if scaled and not _released(config) else jnp.ones_like(coefficient)
-
-    def total(logits: list[Array]) -> tuple[Float[Array, ""], HeadMetrics]:
-        losses, metrics = head_losses(config, logits, batch, denominators, main)
-        return jnp.sum(weights * losses), metrics
-
-    return jax.grad(total, has_aux=True)(logits)
+    return coefficient if scaled and not _released(config) else jnp.ones_like(coefficient)
 
 
 def _proxy(
-    config: Config, main: MainOutput, auxiliary: AuxiliaryOutput, batch: Batch, *, measure: bool
+    config: Config,
+    main: MainOutput,
+    log_probs: Float[Array, "K B R"],
+    batch: Batch,
+    *,
+    measure: bool,
 ) -> Statistics:
     """The log-probability statistics of one micro-batch (zeros for every other estimator)."""
-    depth = len(auxiliary.log_probs)
+    depth = len(log_probs)
     if not (measure and config.mtp.regime == "occ" and config.mtp.estimator == "log_prob"):
         return Statistics(jnp.zeros(depth), jnp.zeros((depth, depth)))
     return log_prob_statistics(
-        main.log_probs - batch.old_log_probs,
-        auxiliary_delta(config, auxiliary.log_probs, batch),
+        main.scores.log_probs - batch.old_log_probs,
+        auxiliary_delta(config, log_probs, batch),
         auxiliary_masks(batch.valid, batch.response_mask, depth),
     )

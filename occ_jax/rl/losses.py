@@ -249,51 +249,6 @@ def negative_log_likelihood(
     return _reduce(-log_probs.astype(jnp.float32), mask, aggregation, normalizer, metrics)
 
 
-def distillation_loss(
-    teacher_logits: Float[Array, "B T V"],
-    student_logits: Float[Array, "B T V"],
-    mask: Mask,
-    *,
-    aggregation: Aggregation = "token-mean",
-    normalizer: float | None = None,
-) -> Loss:
-    """Soft cross-entropy of the student to the stopped distribution of the teacher.
-
-    L = -Σ_v p_teacher(v) log p_student(v), whose least value is the teacher's entropy, not 0.
-
-    Args:
-      teacher_logits: any real numbers, or -inf for tokens the teacher excludes. No gradient.
-      student_logits: likewise. The loss is inf where the student excludes a token the teacher
-        does not.
-      mask: 1 (True) at the positions trained on.
-      aggregation: how tokens are averaged, see `aggregate`.
-      normalizer: see `aggregate`.
-
-    Returns:
-      Loss. Metrics: `tokens`, `distillation_kl` (of KL(teacher || student), the part that training
-      can bring to 0).
-
-    Raises:
-      ValueError: shapes disagree, `normalizer` <= 0 or the aggregation is unknown.
-
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2, at temperature 1.
-    """
-    if teacher_logits.ndim != 3:
-        raise ValueError(f"teacher_logits has shape {teacher_logits.shape}; allowed: [B, T, V]")
-    _check_shape("student_logits", student_logits, teacher_logits.shape)
-    _check_shape("mask", mask, teacher_logits.shape[:2])
-    trained = mask.astype(bool)
-    teacher, student = (
-        jax.nn.log_softmax(jnp.where(trained[..., None], logits.astype(jnp.float32), 0.0))
-        for logits in (jax.lax.stop_gradient(teacher_logits), student_logits)
-    )
-    probabilities = jnp.exp(teacher)
-    losses = _cross_entropy(probabilities, student)
-    kl = losses - _cross_entropy(probabilities, teacher)
-    metrics = {"tokens": _count(trained), "distillation_kl": _token_sum(kl, trained)}
-    return _reduce(losses, mask, aggregation, normalizer, metrics)
-
-
 def rollout_correction(
     old_log_probs: Float[Array, "B T"],
     rollout_log_probs: Float[Array, "B T"],
@@ -371,20 +326,6 @@ def kl_penalty(
         # expm1, since e^d - 1 - d cancels to noise, of either sign, near the reference.
         return jnp.minimum(jnp.expm1(difference) - difference, _K3_BOUND)
     raise ValueError(f"kind={kind!r}; allowed: k1, k2, k3")
-
-
-def entropy(logits: Float[Array, "*dims V"]) -> Float[Array, "*dims"]:
-    """Entropy of the distributions that the logits stand for: H = -Σ_v p(v) log p(v).
-
-    Args:
-      logits: any real numbers, or -inf for excluded tokens, which add nothing to the entropy and
-        get no gradient. A row of -inf alone is no distribution and gives NaN.
-
-    Returns:
-      Entropies, float32, nats, between 0 and log V.
-    """
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return _cross_entropy(jnp.exp(log_probabilities), log_probabilities)
 
 
 def aggregate(
@@ -539,14 +480,6 @@ def _reduce(
 ) -> Loss:
     total, denominator = aggregate(values, mask, aggregation, normalizer)
     return Loss(total, denominator, metrics)
-
-
-def _cross_entropy(
-    probabilities: Float[Array, "*dims V"], log_probabilities: Float[Array, "*dims V"]
-) -> Float[Array, "*dims"]:
-    """-Σ p log q with 0 log 0 = 0, in the gradient as well."""
-    finite = jnp.where(probabilities > 0, log_probabilities, 0.0)
-    return -jnp.sum(probabilities * finite, axis=-1)
 
 
 def _bounded(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:

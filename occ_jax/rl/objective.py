@@ -3,9 +3,9 @@
 # pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
 """What every head contributes: the main head's objective, the modules' two kinds of loss.
 
-Everything here is a function of trunk states or logits; where gradients stop, and how the pieces
-are weighted, is decided in `gradients.py`. Losses come divided by the denominator of the whole
-mini-batch, so that micro-batches add up to it.
+Everything here is a function of states or of log-probabilities; where gradients stop, and how the
+pieces are weighted, is decided in `gradients.py`. Losses come divided by the denominator of the
+whole mini-batch, so that micro-batches add up to it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import AlgorithmConfig, Config
 from occ_jax.estimators import released_code_coefficient
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_masks, auxiliary_states, token_log_probs
+from occ_jax.models.scoring import (
+    TokenScores,
+    auxiliary_masks,
+    auxiliary_states,
+    distillation_losses,
+    score_tokens,
+)
 from occ_jax.rl.losses import (
     Loss,
     aggregate,
     aggregation_denominator,
     cispo_loss,
     clipped_policy_loss,
-    distillation_loss,
-    entropy,
     gspo_loss,
     kl_penalty,
     negative_log_likelihood,
@@ -45,16 +49,9 @@ class Denominators(NamedTuple):
 class MainOutput(NamedTuple):
     """The main head, without gradient."""
 
-    logits: Float[Array, "B R V"]  # at the sampling temperature
-    log_probs: Float[Array, "B R"]
+    hidden: Float[Array, "B R D"]  # of the response columns
+    scores: TokenScores  # at the sampling temperature
     metrics: dict[str, Float[Array, ""]]  # sums over trained tokens
-
-
-class AuxiliaryOutput(NamedTuple):
-    """The modules as the trunk is trained through them, without gradient."""
-
-    log_probs: Float[Array, "K B R"]
-    coefficient: Float[Array, " K"]  # the released code's, ones for every other estimator
 
 
 class HeadMetrics(NamedTuple):
@@ -122,11 +119,11 @@ def main_loss(
     """L_RL = policy loss + KL coefficient * KL - entropy coefficient * entropy."""
     algorithm, mask = config.algorithm, batch.response_mask
     response = mask.shape[1]
-    logits = model.logits(theta, hidden[:, -response:]) / config.rollout.temperature
-    log_probs = token_log_probs(logits, batch.tokens[:, -response:])
+    hidden, targets = hidden[:, -response:], batch.tokens[:, -response:]
+    scores = score_tokens(model, theta, hidden, targets, config.rollout.temperature)
+    log_probs, entropies, _ = scores
     loss = policy_loss(algorithm, log_probs, batch.old_log_probs, batch.advantages, mask)
     total, metrics = loss.sum, dict(loss.metrics)
-    entropies = entropy(logits)
     metrics["entropy"] = jnp.sum(jnp.where(mask, entropies, 0.0))
     if algorithm.entropy_coefficient > 0:
         total -= (
@@ -138,71 +135,98 @@ def main_loss(
         )
         metrics["reference_kl"] = jnp.sum(jnp.where(mask, penalty, 0.0))
         total += algorithm.kl_coefficient * aggregate(penalty, mask, algorithm.aggregation)[0]
-    output = MainOutput(logits, log_probs, metrics)
+    output = MainOutput(hidden, scores, metrics)
     return total / denominators.main, jax.lax.stop_gradient(output)
 
 
-def auxiliary_logits(
-    model: Model,
-    config: Config,
-    params: Params,
-    mtp_input: Float[Array, "B columns D"],
-    batch: Batch,
-) -> list[Array]:
-    """Every module's logits of the response tokens at the sampling temperature, K x [B, R, V]."""
+def module_states(
+    model: Model, params: Params, mtp_input: Float[Array, "B columns D"], batch: Batch
+) -> Float[Array, "K B R D"]:
+    """Every module's states for the response columns."""
     response = batch.response_mask.shape[1]
     states = auxiliary_states(model, params, mtp_input, batch.tokens, batch.valid, response)
-    return [model.logits(params["trunk"], s) / config.rollout.temperature for s in states]
+    return jnp.stack(states)
+
+
+def module_scores(
+    model: Model, config: Config, theta: Params, states: Float[Array, "K B R D"], batch: Batch
+) -> tuple[Float[Array, "K B R"], Int[Array, "K B R"]]:
+    """Every module's log-probabilities of the response tokens, and its most probable ones."""
+    targets = batch.tokens[:, -batch.response_mask.shape[1] :]
+    scores = [
+        score_tokens(model, theta, state, targets, config.rollout.temperature) for state in states
+    ]
+    return jnp.stack([x.log_probs for x in scores]), jnp.stack([x.best for x in scores])
 
 
 def auxiliary_losses(
     config: Config,
-    logits: list[Array],
+    log_probs: Float[Array, "K B R"],
     batch: Batch,
     denominators: Denominators,
     main_log_probs: Float[Array, "B R"],
-) -> tuple[Float[Array, " K"], AuxiliaryOutput]:
-    """L_aux,k, what the trunk is trained on through module k, before its coefficient."""
-    log_probs = _target_log_probs(logits, batch)
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    """L_aux,k, what the trunk is trained on through module k, before its coefficient.
+
+    The second result is the coefficient that is inside the losses already: the released code's,
+    and ones for every other estimator.
+    """
     if config.mtp.regime == "ce":
-        losses = _cross_entropies(config, log_probs, batch)
-        coefficient = jnp.ones(len(losses))
+        losses, coefficient = _cross_entropies(config, log_probs, batch), jnp.ones(len(log_probs))
     else:
         coefficient = _advantage_coefficient(config, log_probs, batch, main_log_probs)
         losses = _policy_losses(config, log_probs, batch, coefficient)
-    output = AuxiliaryOutput(log_probs, coefficient)
-    return jnp.stack(losses) / denominators.auxiliary, jax.lax.stop_gradient(output)
+    return jnp.stack(losses) / denominators.auxiliary, coefficient
 
 
 def head_losses(
     config: Config,
-    logits: list[Array],
+    log_probs: Float[Array, "K B R"],
     batch: Batch,
     denominators: Denominators,
     main: MainOutput,
-) -> tuple[Float[Array, " K"], HeadMetrics]:
-    """L_head,k, what module k's own parameters minimise."""
-    log_probs = _target_log_probs(logits, batch)
-    masks = auxiliary_masks(batch.valid, batch.response_mask, len(logits))
-    match config.mtp.head_loss:
-        case "ce":
-            losses = _cross_entropies(config, log_probs, batch)
-        case "distill":
-            aggregation = config.algorithm.aggregation
-            losses = [
-                distillation_loss(main.logits, student, mask, aggregation=aggregation).sum
-                for student, mask in zip(logits, masks, strict=True)
-            ]
-        case "policy":
-            coefficient = _advantage_coefficient(config, log_probs, batch, main.log_probs)
-            losses = _policy_losses(config, log_probs, batch, coefficient)
-    agree = jnp.argmax(jnp.stack(logits), axis=-1) == jnp.argmax(main.logits, axis=-1)[None]
-    metrics = HeadMetrics(
+) -> Float[Array, " K"]:
+    """L_head,k, what module k's own parameters minimise, for head losses ce and policy."""
+    if config.mtp.head_loss == "ce":
+        losses = _cross_entropies(config, log_probs, batch)
+    else:
+        coefficient = _advantage_coefficient(config, log_probs, batch, main.scores.log_probs)
+        losses = _policy_losses(config, log_probs, batch, coefficient)
+    return jnp.stack(losses) / denominators.auxiliary
+
+
+def head_distillation(
+    model: Model,
+    config: Config,
+    theta: Params,
+    states: Float[Array, "K B R D"],
+    batch: Batch,
+    denominators: Denominators,
+    main: MainOutput,
+) -> Float[Array, " K"]:
+    """L_head,k for head loss distill: soft cross-entropy to the main head's distribution."""
+    masks = auxiliary_masks(batch.valid, batch.response_mask, len(states))
+    temperature, aggregation = config.rollout.temperature, config.algorithm.aggregation
+    losses = [
+        aggregate(
+            distillation_losses(model, theta, main.hidden, state, temperature), mask, aggregation
+        )[0]
+        for state, mask in zip(states, masks, strict=True)
+    ]
+    return jnp.stack(losses) / denominators.auxiliary
+
+
+def head_metrics(
+    log_probs: Float[Array, "K B R"], best: Int[Array, "K B R"], batch: Batch, main: MainOutput
+) -> HeadMetrics:
+    """Cross-entropy and agreement of every module, summed over its own tokens."""
+    masks = auxiliary_masks(batch.valid, batch.response_mask, len(log_probs))
+    agree = best == main.scores.best[None]
+    return HeadMetrics(
         tokens=jnp.sum(masks, axis=(1, 2), dtype=jnp.float32),
         cross_entropy=jnp.sum(jnp.where(masks, -log_probs, 0.0), axis=(1, 2)),
         agreement=jnp.sum(masks & agree, axis=(1, 2), dtype=jnp.float32),
     )
-    return jnp.stack(losses) / denominators.auxiliary, jax.lax.stop_gradient(metrics)
 
 
 def auxiliary_delta(
@@ -219,11 +243,6 @@ def _old_auxiliary_log_probs(config: Config, batch: Batch) -> Float[Array, "K B 
         return batch.old_auxiliary_log_probs
     depth = config.model.num_mtp_modules
     return jnp.broadcast_to(batch.old_log_probs, (depth, *batch.old_log_probs.shape))
-
-
-def _target_log_probs(logits: list[Array], batch: Batch) -> Float[Array, "K B R"]:
-    targets = batch.tokens[:, -batch.response_mask.shape[1] :]
-    return jnp.stack([token_log_probs(x, targets) for x in logits])
 
 
 def _cross_entropies(

@@ -101,5 +101,13 @@ def _descent(config: Config) -> tuple[optax.GradientTransformation, ...]:
             b2=optimizer.b2,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            mask=_decayed,
         ),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """All but routers' correction biases, which no gradient holds against the decay."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "correction_bias" not in jax.tree_util.keystr(path), params
     )

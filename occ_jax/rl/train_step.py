@@ -117,6 +117,7 @@ def train_step(
         **norms,
         **_token_metrics(gradients),
         **_head_metrics(gradients),
+        **_expert_metrics(gradients.expert_load),
         **_calibration_metrics(config, gradients, statistics, opt_state, measure=measure),
     }
     return TrainState(params, opt_state, state.step + 1, state.key), metrics
@@ -190,6 +191,22 @@ def _head_metrics(gradients: Gradients) -> Metrics:
     return {
         **_per_module("mtp_losses/mtp_{}_loss", heads.cross_entropy / tokens),
         **_per_module("mtp/agreement_{}", heads.agreement / tokens),
+    }
+
+
+def _expert_metrics(load: Float[Array, "L E"]) -> Metrics:
+    """How unevenly routers spread tokens over experts.
+
+    Violation = busiest / mean - 1 of a layer's experts (MaxVio of arXiv 2408.15664): 0 is even.
+    """
+    if load.size == 0:
+        return {}
+    mean = jnp.maximum(jnp.mean(load, axis=1), 1e-30)
+    violation = jnp.max(load, axis=1) / mean - 1.0
+    return {
+        "moe/max_violation_mean": jnp.mean(violation),
+        "moe/max_violation_max": jnp.max(violation),
+        "moe/idle_experts": jnp.mean(load == 0, dtype=jnp.float32),
     }
 
 

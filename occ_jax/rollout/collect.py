@@ -23,7 +23,7 @@ from occ_jax.data.tasks import Example
 from occ_jax.data.tokenizer import EOS_ID, PAD_ID, decode
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_states, token_log_probs, trunk_states
+from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.rewards.exact_match import exact_match
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
@@ -239,7 +239,7 @@ def _score(
     states = trunk_states(model, theta, rollout.tokens, rollout.valid)
 
     def by(hidden: Array) -> Array:
-        return token_log_probs(model.logits(theta, hidden) / temperature, targets)
+        return score_tokens(model, theta, hidden, targets, temperature).log_probs
 
     main = by(states.hidden[:, -response:])
     if not modules:

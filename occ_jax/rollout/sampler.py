@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from occ_jax.models.attention import KVCache
+from occ_jax.models.cache import extend
+from occ_jax.models.decoder import Cache
+from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_states, column_positions, token_log_probs
+from occ_jax.models.scoring import auxiliary_states, column_positions, score_tokens
 from occ_jax.types import Params, Rollout
 
 
@@ -28,7 +30,7 @@ class _Carry(NamedTuple):
     valid: Bool[Array, "B T"]
     log_probs: Float[Array, "B R"]
     done: Bool[Array, " B"]
-    cache: list[KVCache]
+    cache: Cache
     mtp_input: Float[Array, "B T-1 D"] | None
 
 
@@ -124,7 +126,7 @@ def sample(
         valid=widen(per_completion(prompt_valid), max_new_tokens),
         log_probs=jnp.zeros((rows, max_new_tokens), jnp.float32),
         done=jnp.zeros(rows, bool),
-        cache=jax.tree.map(lambda x: widen(per_completion(x), max_new_tokens), prefill.cache),
+        cache=extend(prefill.cache, copies=group_size, columns=max_new_tokens),
         mtp_input=(
             widen(per_completion(prefill.mtp_input), max_new_tokens - 1) if auxiliary else None
         ),
@@ -147,7 +149,7 @@ def sample(
     )
     targets = carry.tokens[:, prompt_tokens:]
     scale = 1.0 if temperature == 0 else temperature
-    scores = [token_log_probs(model.logits(theta, s) / scale, targets) for s in states]
+    scores = [score_tokens(model, theta, state, targets, scale).log_probs for state in states]
     return rollout._replace(
         auxiliary_log_probs=jnp.where(rollout.response_mask[None], jnp.stack(scores), 0.0)
     )
