@@ -1,7 +1,8 @@
-"""The parts a layer may be made of, each against what it is by definition, and their composition."""
+"""The parts a layer may be made of, each against its definition, and their composition."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -366,7 +367,7 @@ def stack(model, theta):
 
 
 @each_config
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_scanned_and_rematerialised_layers_are_the_same_function(config, remat):
     plain = Model(config)
     other = Model(dataclasses.replace(config, scan_layers=True, remat=remat))
@@ -376,7 +377,8 @@ def test_scanned_and_rematerialised_layers_are_the_same_function(config, remat):
     expected = {**gradients, "trunk": stack(other, gradients["trunk"])}
     found, other_out = outputs_and_gradients(other, stacked, tokens)
     jax.tree.map(functools.partial(close, atol=1e-4), other_out, out)
-    jax.tree.map(functools.partial(close, atol=3e-4), found, expected)
+    # Layers multiply each other's rounding: it is a share of the largest entry, not of each.
+    jax.tree.map(lambda a, b: close(a, b, atol=3e-5 * np.max(np.abs(b))), found, expected)
 
 
 def test_initial_parameters_do_not_depend_on_how_layers_are_stacked():
@@ -451,15 +453,9 @@ def test_no_array_over_columns_and_vocabulary_exists_in_pieces():
             scores = score_tokens(Model(config), theta, hidden, tokens)
             return jnp.sum(scores.log_probs + scores.entropy)
 
-        jaxpr = jax.make_jaxpr(jax.grad(loss))(theta, hidden, tokens)
-        sizes = [
-            variable.aval.size
-            for sub in (jaxpr.jaxpr, *jax.core.subjaxprs(jaxpr.jaxpr))
-            for equation in sub.eqns
-            for variable in equation.outvars
-            if variable.aval.shape[-1:] == (48,) and len(variable.aval.shape) > 2
-        ]
-        return max(sizes, default=0)
+        text = str(jax.make_jaxpr(jax.grad(loss))(theta, hidden, tokens))
+        shapes = re.findall(r"f32\[((?:\d+,){2,}48)\]", text)
+        return max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
 
     assert largest(config) <= ROWS * 2 * 48
     assert largest(dataclasses.replace(config, logits_columns=0)) == ROWS * columns * 48
@@ -481,7 +477,6 @@ def test_no_array_over_columns_and_vocabulary_exists_in_pieces():
         (lambda: DeltaNetConfig(num_key_heads=3), "num_key_heads is 3; it must be a divisor"),
         (lambda: LatentAttentionConfig(rope_head_dim=3), "rope_head_dim is 3; it must be even"),
         (lambda: dataclasses.replace(BASE, rope_fraction=0.1), "dimensions that RoPE turns"),
-        (lambda: dataclasses.replace(NEXT, remat="some"), "model.remat is 'some'; it must be one"),
     ],
 )
 def test_bad_values_are_named(make, message):
