@@ -11,6 +11,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARITY := .venv-parity
 UV_VERSION := 0.13.9
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -19,7 +20,7 @@ export PIP_NO_INPUT = 1
 export PYRIGHT_PYTHON_USE_BUNDLED_PYRIGHT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test parity lint bench lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -30,6 +31,9 @@ demo: $(STAMP)  ## train a small model on the CPU, minutes: progress, table and 
 
 test: $(STAMP)  ## run the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+parity: $(PARITY)/.installed  ## compare with transformers, live (its environment has torch)
+	@$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
@@ -69,10 +73,24 @@ fi; \
 $(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip >/dev/null
 endef
 
-# The lock is complete, hence --no-deps; hatchling, which builds the editable install, is in it.
+# Installs requirements.lock and this project, editable, into the environment $(1). The lock is
+# complete, hence --no-deps; hatchling, which builds the editable install, is in it.
+define install_lock
+$(1)/bin/python -m pip install -qq --require-hashes --no-deps -r requirements.lock && \
+$(1)/bin/python -m pip install -qq --no-deps --no-build-isolation -e .
+endef
+
 $(STAMP): requirements.lock pyproject.toml
 	@$(call make_environment,$(VENV))
 	@echo "Installing requirements.lock into $(VENV) (once, about a minute)"
-	@$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements.lock
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@$(call install_lock,$(VENV))
+	@touch $@
+
+# Python 3.11 first, whatever else there is: the fixtures were made on it.
+$(PARITY)/.installed: PYTHON := python3.11 $(PYTHON)
+$(PARITY)/.installed: requirements.lock requirements-parity.txt pyproject.toml
+	@$(call make_environment,$(PARITY))
+	@echo "Installing requirements.lock and requirements-parity.txt into $(PARITY) (once, minutes)"
+	@$(call install_lock,$(PARITY))
+	@$(PARITY)/bin/python -m pip install -qq -r requirements-parity.txt
 	@touch $@
