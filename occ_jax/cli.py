@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from occ_jax.config import Config, differences
 from occ_jax.errors import UserError
@@ -30,6 +30,17 @@ _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help l
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+class _Help(argparse.Action):
+    """The command's own help, or, after a CONFIG, that of its fields as well."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, *_: Any) -> None:
+        parser.print_help()
+        if getattr(namespace, "config", None) is None:
+            parser.exit()
+        print()
+        load_config(namespace.config, ["--help"])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,13 +81,19 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(
-                Config, default=config, args=list(overrides), prog=f"run.py train {path}"
+            config = tyro.cli(
+                Config,
+                default=config,
+                args=list(overrides),
+                prog=f"run.py COMMAND {path}",
+                # A part of a model is there or not as the config file says; its fields can change.
+                config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_one_line(captured.getvalue())) from None
+    return config
 
 
 def _one_line(boxed: str) -> str:
@@ -97,8 +114,14 @@ def _parse(
 
     def add(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=text, description=text, epilog=_OVERRIDES, allow_abbrev=False
+            name,
+            help=text,
+            description=text,
+            epilog=_OVERRIDES,
+            allow_abbrev=False,
+            add_help=False,
         )
+        sub.add_argument("-h", "--help", nargs=0, action=_Help, help="this; after CONFIG, fields")
         sub.add_argument("config", metavar="CONFIG", help="a Python file with get_config()")
         sub.set_defaults(run=run)
         return sub

@@ -77,8 +77,8 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
     Optimizer moments end in the path of the parameter they belong to, so they follow it.
     """
     names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-    spec = _RULES.get(names[-2:], P())
-    if len(spec) > leaf.ndim:
+    spec = _RULES.get(names[-2:])
+    if spec is None or len(spec) > leaf.ndim:
         return P()
     spec = (*[None] * (leaf.ndim - len(spec)), *spec)
     return P(

@@ -1,5 +1,6 @@
 """Eight devices do what one does, and every array lies where the table says."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +13,11 @@ from jax.sharding import PartitionSpec as Spec
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
+    DeltaNetConfig,
+    LatentAttentionConfig,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     MTPConfig,
     OptimizerConfig,
     RolloutConfig,
@@ -35,18 +39,44 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def make_config(mesh=(1, 1, 1), micro_batches=1, modules=1, **mtp):
+DENSE = ModelConfig(
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=16,
+    vocab_size=V,
+)
+# Every other part, scanned, rematerialised and scored in pieces.
+MIXED = dataclasses.replace(
+    DENSE,
+    num_layers=4,
+    # A random delta net puts out next to nothing; its norm would magnify the last bits of that.
+    rms_norm_eps=1e-2,
+    delta_net=DeltaNetConfig(
+        num_key_heads=2,
+        num_value_heads=2,
+        key_head_dim=4,
+        value_head_dim=4,
+        full_attention_interval=2,
+        chunk_size=4,
+    ),
+    latent_attention=LatentAttentionConfig(
+        query_rank=8, kv_rank=8, nope_head_dim=4, rope_head_dim=4, value_head_dim=4
+    ),
+    moe=MoEConfig(
+        num_experts=4, experts_per_token=2, intermediate_size=8, shared_intermediate_size=8
+    ),
+    scan_layers=True,
+    remat="full",
+    logits_columns=2,
+)
+
+
+def make_config(mesh=(1, 1, 1), micro_batches=1, modules=1, model=DENSE, **mtp):
     return Config(
-        model=ModelConfig(
-            hidden_size=16,
-            num_layers=1,
-            num_heads=2,
-            num_kv_heads=2,
-            head_dim=8,
-            intermediate_size=16,
-            vocab_size=V,
-            num_mtp_modules=modules,
-        ),
+        model=dataclasses.replace(model, num_mtp_modules=modules),
         rollout=RolloutConfig(num_prompts=8, group_size=2, max_new_tokens=R),
         algorithm=AlgorithmConfig(updates_per_rollout=2, micro_batches=micro_batches),
         mtp=MTPConfig(**mtp),
@@ -57,8 +87,8 @@ def make_config(mesh=(1, 1, 1), micro_batches=1, modules=1, **mtp):
 
 
 @functools.cache
-def parameters():
-    return Model(make_config().model).init(jax.random.key(0))
+def parameters(model=DENSE):
+    return Model(model).init(jax.random.key(0))
 
 
 @functools.cache
@@ -84,7 +114,7 @@ def two_updates(config):
     """Two updates, as the coefficient of some estimators is 0 in the first."""
     model, mesh = Model(config.model), make_mesh(config.mesh)
     step = jit_train_step(model, config, mesh, measure=True)
-    state, history = place_state(config, parameters(), 0, mesh), []
+    state, history = place_state(config, parameters(config.model), 0, mesh), []
     for _ in range(2):
         state, metrics = step(state, make_batch())
         history.append(metrics)
@@ -128,12 +158,27 @@ def test_a_mesh_does_what_one_device_does(mesh, micro_batches, mtp):
     theta = state.params["trunk"]
     moments = optax.tree_utils.tree_get(state.opt_state["trunk"], "nu")
     for tree in (theta, moments):
-        kernel = tree["layers"][0]["attention"]["query"]["kernel"]
+        kernel = tree["layers"][0][0]["mixer"]["query"]["kernel"]
         assert {x.data.shape for x in kernel.addressable_shards} == {(16 // fsdp, 16 // tensor)}
-        down = tree["layers"][0]["mlp"]["down"]["kernel"]
+        down = tree["layers"][0][0]["feed_forward"]["down"]["kernel"]
         assert {x.data.shape for x in down.addressable_shards} == {(16 // tensor, 16 // fsdp)}
         assert {x.data.shape for x in tree["final_norm"]["scale"].addressable_shards} == {(16,)}
     assert len(theta["embed"]["embedding"].addressable_shards) == 8
+
+
+def test_a_mesh_does_what_one_device_does_with_every_part():
+    mtp = {"regime": "occ", "estimator": "exact"}
+    state, history, shardings = two_updates(make_config((2, 2, 2), model=MIXED, **mtp))
+    one, one_history, _ = two_updates(make_config(model=MIXED, **mtp))
+    for metrics, wanted in zip(history, one_history, strict=True):
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert "moe/max_violation_mean" in history[0]
+    assert_close(state.params, one.params, rtol=3e-5)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    experts = state.params["trunk"]["layers"][0][0]["feed_forward"]["experts"]["gate"]
+    assert {x.data.shape for x in experts.addressable_shards} == {(2, 4, 8, 4)}
 
 
 def test_every_micro_batch_is_spread_over_all_devices(monkeypatch):
@@ -173,18 +218,22 @@ def test_the_abstract_state_is_the_placed_one_without_its_arrays():
     [
         (("embed", "embedding"), (16, 32), Spec("tensor", "fsdp")),
         (("head", "kernel"), (32, 16), Spec("fsdp", "tensor")),
-        (("layers", 0, "attention", "key", "kernel"), (32, 16), Spec("fsdp", "tensor")),
-        (("layers", 0, "attention", "key", "bias"), (16,), Spec("tensor")),
-        (("layers", 0, "attention", "output", "kernel"), (16, 32), Spec("tensor", "fsdp")),
-        (("layers", 0, "mlp", "gate", "kernel"), (32, 64), Spec("fsdp", "tensor")),
-        (("layers", 0, "mlp", "down", "kernel"), (64, 32), Spec("tensor", "fsdp")),
+        (("layers", 0, 0, "mixer", "key", "kernel"), (32, 16), Spec("fsdp", "tensor")),
+        (("layers", 0, 0, "mixer", "key", "bias"), (16,), Spec("tensor")),
+        (("layers", 0, 0, "mixer", "output", "kernel"), (16, 32), Spec("tensor", "fsdp")),
+        (("layers", 0, 0, "feed_forward", "gate", "kernel"), (32, 64), Spec("fsdp", "tensor")),
+        (("layers", 0, 0, "feed_forward", "down", "kernel"), (64, 32), Spec("tensor", "fsdp")),
         ((0, "projection", "kernel"), (64, 32), Spec("tensor", "fsdp")),
         (("final_norm", "scale"), (32,), Spec()),
+        # In front of a kernel: repeats of a scanned segment, experts.
+        (("mixer", "query", "kernel"), (3, 32, 16), Spec(None, "fsdp", "tensor")),
+        (("experts", "down"), (3, 4, 16, 32), Spec(None, None, "tensor", "fsdp")),
+        (("mixer", "query", "bias"), (3, 16), Spec(None, "tensor")),
         (("coefficient",), (2,), Spec()),
         # A dimension that the mesh does not divide is replicated, the other one is not.
         (("embed", "embedding"), (15, 32), Spec(None, "fsdp")),
         (("head", "kernel"), (30, 16), Spec(None, "tensor")),
-        (("layers", 0, "attention", "key", "bias"), (15,), Spec(None)),
+        (("layers", 0, 0, "mixer", "key", "bias"), (15,), Spec(None)),
         # As is what bears a parameter's name but not its rank.
         (("head", "kernel"), (), Spec()),
     ],
