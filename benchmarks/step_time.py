@@ -36,7 +36,8 @@ from occ_jax.config import (
     Regime,
     RolloutConfig,
 )
-from occ_jax.data.pipeline import training_iterator
+from occ_jax.data.pipeline import iterate, training_prompts
+from occ_jax.data.tokenizer import DIGITS
 from occ_jax.models import Model, num_parameters
 from occ_jax.rl.train_step import jit_train_step, place_state
 from occ_jax.rollout.collect import collect
@@ -140,14 +141,14 @@ def rl_step_times(num_mtp_modules: int, steps: int) -> dict[str, float]:
     # Every field at its default, so the compiled steps are those of `run.py train`.
     mesh, model = make_mesh(config.mesh), Model(config.model)
     state = place_state(config, model.init(jax.random.key(0)), 0, mesh)
-    prompts = training_iterator(config.task, config.rollout.num_prompts)
+    prompts = iterate(training_prompts(config, DIGITS).prompts, config.rollout.num_prompts)
     step = jit_train_step(model, config, mesh, measure=True)
     rollout: list[float] = []
     update: list[float] = []
     for number in range(steps + 1):
         start = time.perf_counter()
         key = jax.random.fold_in(state.key, number)
-        found = collect(model, config, mesh, state.params, None, prompts, key)
+        found = collect(model, config, mesh, DIGITS, state.params, None, prompts, key)
         batches = jax.block_until_ready(found.batches)
         middle = time.perf_counter()
         for batch in batches:

@@ -21,6 +21,7 @@ from occ_jax.errors import UserError
 from occ_jax.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
+    from occ_jax.data.tokenizer import Tokenizer
     from occ_jax.models import Model
     from occ_jax.types import Params
 
@@ -184,21 +185,22 @@ def _compare(config: Config, options: argparse.Namespace) -> None:
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     import jax
 
-    from occ_jax.evaluate import evaluate, summarise
+    from occ_jax.data.pipeline import evaluation_prompts
+    from occ_jax.evaluate import evaluate_sets
     from occ_jax.metrics import write_json
     from occ_jax.sharding import make_mesh
 
-    model, params = _load(config, Path(options.checkpoint))
-    evaluation = evaluate(
+    model, tokenizer, params = _load(config, Path(options.checkpoint))
+    figures = evaluate_sets(
         model,
         config,
         make_mesh(config.mesh),
+        tokenizer,
         params,
+        evaluation_prompts(config, tokenizer, options.prompts),
         jax.random.key(config.run.seed),
-        num_prompts=options.prompts,
         num_samples=options.samples,
     )
-    figures = summarise(evaluation)
     for name, value in figures.items():
         print(f"{name.removeprefix('val/'):28} {value:.4f}")
     if options.json:
@@ -213,10 +215,11 @@ def _generate(config: Config, options: argparse.Namespace) -> None:
 
     if options.temperature < 0:
         raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
-    model, params = _load(config, Path(options.checkpoint))
+    model, tokenizer, params = _load(config, Path(options.checkpoint))
     for prompt, completion in generate(
         model,
         config,
+        tokenizer,
         params,
         prompts=options.prompt,
         temperature=options.temperature,
@@ -224,16 +227,18 @@ def _generate(config: Config, options: argparse.Namespace) -> None:
         print(f"{prompt}{completion}")
 
 
-def _load(config: Config, path: Path) -> tuple[Model, Params]:
+def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
     """The parameters of a checkpoint, after checking that they are of the configured model."""
     from occ_jax.checkpoint import find_checkpoint, restore_params
     from occ_jax.config import computation
+    from occ_jax.data.tokenizer import model_tokenizer
     from occ_jax.models import Model
     from occ_jax.rl.train_step import abstract_state
     from occ_jax.sharding import make_mesh
     from occ_jax.train import check_task_fits, load_config
 
-    check_task_fits(config)
+    tokenizer = model_tokenizer(config.model)
+    check_task_fits(config, tokenizer)
     checkpoint = find_checkpoint(path)
     owner = checkpoint.parent.parent
     if (owner / "config.json").exists():
@@ -250,4 +255,4 @@ def _load(config: Config, path: Path) -> tuple[Model, Params]:
             )
     model, mesh = Model(config.model), make_mesh(config.mesh)
     like = abstract_state(model, computation(config), mesh).params
-    return model, restore_params(checkpoint, like)
+    return model, tokenizer, restore_params(checkpoint, like)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -23,6 +24,7 @@ Aggregation = Literal[
 ]
 TaskName = Literal["reverse_digits", "sort_digits", "addition", "chained_sum"]
 DType = Literal["float32", "bfloat16"]
+Thinking = Literal["template", "on", "off"]
 
 _T = TypeVar("_T")
 
@@ -75,6 +77,67 @@ class TaskConfig:
         )
         _require(2 <= self.terms <= 9, "task.terms", self.terms, "between 2 and 9")
         _require(0 <= self.seed < 2**31, "task.seed", self.seed, "between 0 and 2^31 - 1")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Problems prepared by `run.py prepare` (`occ_jax.data`); without a name `task` makes them."""
+
+    name: str = ""
+    """The prepared set that is trained on, such as dapo_math_17k. Empty for the digit task."""
+    evaluation: tuple[str, ...] = ()
+    """The prepared sets that are evaluated on, such as aime24 math_500."""
+    directory: str = "data"
+    """Where `run.py prepare` put them."""
+    template: str = (
+        "{problem}\n\nThink step by step. Close with a line that holds nothing but "
+        '"Answer: " and the answer.'
+    )
+    """The user's message around a problem. Sets that ship whole messages are used as they are."""
+    system: str = ""
+    """The system message put before conversations that have none; empty for none."""
+    chat: bool = True
+    """Render prompts with the checkpoint's chat template; False takes them as plain text."""
+    thinking: Thinking = "template"
+    """enable_thinking of the chat template: on, off, or the template's own choice."""
+    overlong: Literal["error", "drop"] = "error"
+    """Training prompts above rollout.max_prompt_tokens: refuse to start, or leave them out."""
+
+    def __post_init__(self) -> None:
+        for name in (*([self.name] if self.name else []), *self.evaluation):
+            _require(
+                re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
+                "dataset.name" if name == self.name else "dataset.evaluation",
+                name,
+                "the name of a prepared set: lower-case letters, digits and _",
+            )
+        _require(
+            len(set(self.evaluation)) == len(self.evaluation),
+            "dataset.evaluation",
+            self.evaluation,
+            "without repetitions",
+        )
+        _require(
+            bool(self.name) == bool(self.evaluation),
+            "dataset.evaluation",
+            self.evaluation,
+            "one or more sets with dataset.name, and none without it (a digit task brings its own)",
+        )
+        _require(bool(self.directory), "dataset.directory", self.directory, "a path")
+        _require(
+            self.template.count("{problem}") == 1,
+            "dataset.template",
+            self.template,
+            "a text with {problem} in it once",
+        )
+        _require_choice("dataset", self, "thinking", Thinking)
+        _require_choice("dataset", self, "overlong", Literal["error", "drop"])
+        _require(
+            self.chat or (not self.system and self.thinking == "template"),
+            "dataset.chat",
+            self.chat,
+            "True with dataset.system or dataset.thinking, which speak to a chat template",
+        )
 
 
 @dataclass(frozen=True)
@@ -337,6 +400,8 @@ class RolloutConfig:
     """Prompts a step."""
     group_size: int = 16
     """G: completions a prompt."""
+    max_prompt_tokens: int = 0
+    """P: columns of a prompt; 0 for as many as the digit task has characters."""
     max_new_tokens: int = 8
     temperature: float = 1.0
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
@@ -351,6 +416,7 @@ class RolloutConfig:
             "rollout", self, "num_prompts", "group_size", "max_new_tokens", "temperature"
         )
         _require_positive("rollout", self, "max_rounds")
+        _require_not_negative("rollout", self, "max_prompt_tokens")
         _require_choice("rollout", self, "old_log_probs", Literal["sampler", "trainer"])
         _require(
             not (self.dynamic_sampling and self.group_size == 1),
@@ -526,6 +592,7 @@ class Config:
     """One experiment."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -571,6 +638,7 @@ class Config:
                 self.mesh.tensor,
                 f"a divisor of model.{name} ({size})",
             )
+        _require_dataset_fits(self)
         occ = self.mtp.regime == "occ"
         _require(
             self.model.num_mtp_modules > 0 or self.mtp.regime == "detach",
@@ -597,6 +665,28 @@ class Config:
             self.algorithm.overlong_buffer_tokens,
             f"at most rollout.max_new_tokens ({self.rollout.max_new_tokens})",
         )
+
+
+def _require_dataset_fits(config: Config) -> None:
+    """What prepared problems ask of the other sections."""
+    name = config.dataset.name
+    if not name:
+        return
+    width, steps = config.rollout.max_prompt_tokens, config.warm_start.steps
+    _require(width > 0, "rollout.max_prompt_tokens", width, f"positive with dataset.name {name}")
+    _require(
+        bool(config.model.checkpoint),
+        "model.checkpoint",
+        config.model.checkpoint,
+        f"a Hugging Face checkpoint's directory with dataset.name {name}, whose text the digit "
+        "alphabet cannot spell",
+    )
+    _require(
+        steps == 0,
+        "warm_start.steps",
+        steps,
+        f"0 with dataset.name {name}, which holds no completions to imitate",
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -653,5 +743,9 @@ def computation(config: Config) -> Config:
     length share their compilations.
     """
     return dataclasses.replace(
-        config, task=TaskConfig(), warm_start=WarmStartConfig(), run=RunConfig()
+        config,
+        task=TaskConfig(),
+        dataset=DatasetConfig(),
+        warm_start=WarmStartConfig(),
+        run=RunConfig(),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from occ_jax.config import Config, computation
-from occ_jax.data.pipeline import encode_completions, encode_prompts, evaluation_examples
-from occ_jax.data.tasks import Example, has_unique_completion
-from occ_jax.data.tokenizer import EOS_ID, PAD_ID
+from occ_jax.data.examples import Prompt
+from occ_jax.data.pipeline import encode_completions, pad_prompts
+from occ_jax.data.tasks import has_unique_completion
+from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -44,45 +46,48 @@ def evaluate(
     model: Model,
     config: Config,
     mesh: Mesh,
+    tokenizer: Tokenizer,
     params: Params,
+    prompts: Sequence[Prompt],
     key: Key[Array, ""],
     *,
-    num_prompts: int,
     num_samples: int,
 ) -> Evaluation:
-    """Evaluates on the first prompts of the task's evaluation split.
+    """Evaluates on the prompts of one set.
 
     Args:
         model: the architecture.
-        config: task, rollout (temperature, length).
+        config: task or dataset, rollout (temperature, lengths).
         mesh: where `params` lie.
+        tokenizer: of the prompts.
         params: trunk and modules.
+        prompts: Q questions.
         key: of the sampling.
-        num_prompts: Q.
         num_samples: n, completions a question.
     """
-    examples = evaluation_examples(config.task, num_prompts)
     chunk = _prompts_a_call(config, num_samples)
     scores: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     objectives: list[np.ndarray] = []
     agree = np.zeros((2, model.config.num_mtp_modules))
     complete = 0
-    sampler = _sampler(model, computation(config), mesh, num_samples)
-    for start in range(0, num_prompts, chunk):
-        part = examples[start : start + chunk]
+    ends, filler = tokenizer.eos_ids, tokenizer.pad_id
+    sampler = _sampler(model, computation(config), mesh, num_samples, ends, filler)
+    for start in range(0, len(prompts), chunk):
+        part = prompts[start : start + chunk]
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
-        prompts, valid = jax.device_put(encode_prompts(config.task, padded), rows(mesh))
-        rollout, matches, counts = sampler(params, prompts, valid, jax.random.fold_in(key, start))
+        columns = jax.device_put(pad_prompts(config, tokenizer, padded), rows(mesh))
+        rollout, matches, counts = sampler(params, *columns, jax.random.fold_in(key, start))
         shape = (chunk, num_samples, config.rollout.max_new_tokens)
         tokens = np.asarray(rollout.tokens)[:, -shape[2] :].reshape(shape)[: len(part)]
         mask = np.asarray(rollout.response_mask).reshape(shape)[: len(part)]
-        scores.append(exact_match(config.task, part, tokens))
+        scores.append(exact_match(config, tokenizer, [p.example for p in part], tokens))
         masks.append(mask)
-        complete += int(np.sum(np.any((tokens == EOS_ID) & mask, axis=-1)))
+        complete += int(np.sum(np.any(np.isin(tokens, ends) & mask, axis=-1)))
         agree += np.stack([np.asarray(matches), np.asarray(counts)])
-        if has_unique_completion(config.task):
-            objectives.append(exact_objective(model, config, mesh, params, padded)[: len(part)])
+        if not config.dataset.name and has_unique_completion(config.task):
+            found = exact_objective(model, config, mesh, tokenizer, params, padded)
+            objectives.append(found[: len(part)])
     lengths = np.concatenate(masks).sum(-1)
     return Evaluation(
         scores=np.concatenate(scores),
@@ -93,21 +98,70 @@ def evaluate(
     )
 
 
+def evaluate_sets(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    params: Params,
+    sets: Mapping[str, Sequence[Prompt]],
+    key: Key[Array, ""],
+    *,
+    num_samples: int,
+) -> dict[str, float]:
+    """Figures of every evaluation set.
+
+    A digit task's are "val/…". Of prepared sets each has its own, "val/<set>/…", and val/accuracy
+    is the mean of their accuracies, every set counting alike.
+    """
+    figures = {
+        name: summarise(
+            evaluate(
+                model,
+                config,
+                mesh,
+                tokenizer,
+                params,
+                prompts,
+                jax.random.fold_in(key, zlib.crc32(name.encode())) if config.dataset.name else key,
+                num_samples=num_samples,
+            )
+        )
+        for name, prompts in sets.items()
+    }
+    if not config.dataset.name:
+        (only,) = figures.values()
+        return only
+    renamed = {
+        figure.replace("val/", f"val/{name}/", 1): value
+        for name, found in figures.items()
+        for figure, value in found.items()
+    }
+    mean = float(np.mean([found["val/accuracy"] for found in figures.values()]))
+    return {"val/accuracy": mean, **renamed}
+
+
 def exact_objective(
-    model: Model, config: Config, mesh: Mesh, params: Params, examples: Sequence[Example]
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    params: Params,
+    prompts: Sequence[Prompt],
 ) -> np.ndarray:
-    """pi_theta(right completion | prompt) of every example, by teacher forcing.
+    """pi_theta(right completion | prompt) of every prompt of a digit task, by teacher forcing.
 
     Where exactly one completion is right this *is* the expected reward at temperature 1, without
     sampling noise.
 
     Returns:
-        float32 [len(examples)], probabilities.
+        float32 [len(prompts)], probabilities.
     """
-    prompts, prompt_valid = encode_prompts(config.task, examples)
-    completions, mask = encode_completions(config.task, examples)
-    tokens = np.concatenate([prompts, completions], axis=1)
-    valid = np.concatenate([prompt_valid, mask], axis=1)
+    questions, question_valid = pad_prompts(config, tokenizer, prompts)
+    examples = [prompt.example for prompt in prompts]
+    completions, mask = encode_completions(config.task, tokenizer, examples)
+    tokens = np.concatenate([questions, completions], axis=1)
+    valid = np.concatenate([question_valid, mask], axis=1)
     score = _answer_probability(model, mask.shape[1])
     return np.asarray(score(params["trunk"], *jax.device_put((tokens, valid), rows(mesh))))
 
@@ -152,7 +206,12 @@ def _prompts_a_call(config: Config, num_samples: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _sampler(
-    model: Model, config: Config, mesh: Mesh, num_samples: int
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    num_samples: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
 ) -> Callable[..., tuple[Rollout, Array, Array]]:
     """Samples and counts, per module, agreements with the main head over its own tokens."""
 
@@ -168,8 +227,8 @@ def _sampler(
             group_size=num_samples,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
-            eos_id=EOS_ID,
-            pad_id=PAD_ID,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
         )
         matches, counts = _agreement(model, params, rollout)
         return rollout, matches, counts

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from occ_jax.config import Config
-from occ_jax.data.pipeline import evaluation_examples, pad
-from occ_jax.data.tokenizer import EOS_ID, PAD_ID, decode, encode
+from occ_jax.data.examples import Example, make_prompt, prompt_text
+from occ_jax.data.pipeline import evaluation_prompts, pad
+from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.rollout.sampler import sample
@@ -20,6 +21,7 @@ from occ_jax.types import Params
 def generate(
     model: Model,
     config: Config,
+    tokenizer: Tokenizer,
     params: Params,
     *,
     prompts: Sequence[str] | None,
@@ -29,26 +31,32 @@ def generate(
 
     Args:
         model: the architecture.
-        config: rollout.max_new_tokens and run.seed matter.
+        config: sections task and dataset, rollout.max_new_tokens and run.seed matter.
+        tokenizer: of the model.
         params: trunk and modules.
-        prompts: texts; None for five of the task's evaluation prompts.
+        prompts: texts, put in `dataset.template` like a set's problems; None for five evaluation
+            prompts.
         temperature: 0 takes the most probable token.
 
     Returns:
-        (prompt, completion) pairs.
+        (prompt, completion) pairs of text.
 
     Raises:
-        UserError: an empty prompt or a character the tokenizer does not have.
+        UserError: an empty prompt, or one that the tokenizer cannot spell.
     """
     if prompts is None:
-        prompts = [example.prompt for example in evaluation_examples(config.task, 5)]
-    try:
-        encoded = [encode(prompt) for prompt in prompts]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if not all(encoded):
+        sets = evaluation_prompts(config, tokenizer, 5)
+        asked = [prompt for found in sets.values() for prompt in found][:5]
+    elif not all(prompts):
         raise UserError("a prompt is empty; give at least one character")
-    tokens, valid = pad(encoded, max(map(len, encoded)), left=True)
+    else:
+        asked = [
+            make_prompt(config, tokenizer, Example(text, answer="", source="", id=""))
+            for text in prompts
+        ]
+    width = max(len(prompt.tokens) for prompt in asked)
+    rows = [prompt.tokens for prompt in asked]
+    tokens, valid = pad(rows, width, tokenizer.pad_id, left=True)
     rollout = jax.jit(
         lambda key: sample(
             model,
@@ -59,9 +67,12 @@ def generate(
             group_size=1,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=temperature,
-            eos_id=EOS_ID,
-            pad_id=PAD_ID,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
         )
     )(jax.random.key(config.run.seed))
     completions = np.asarray(rollout.tokens)[:, tokens.shape[1] :].tolist()
-    return [(prompt, decode(row)) for prompt, row in zip(prompts, completions, strict=True)]
+    return [
+        (prompt_text(config, prompt.example), decode_completion(tokenizer, row))
+        for prompt, row in zip(asked, completions, strict=True)
+    ]

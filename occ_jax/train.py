@@ -25,11 +25,12 @@ from jax.sharding import Mesh
 
 from occ_jax import checkpoint
 from occ_jax.config import Config, computation, differences, from_dict, to_dict
-from occ_jax.data.pipeline import training_iterator
-from occ_jax.data.tasks import Example, completion_tokens, prompt_tokens
-from occ_jax.data.tokenizer import VOCAB_SIZE
+from occ_jax.data.examples import Prompt
+from occ_jax.data.pipeline import evaluation_prompts, iterate, prompt_columns, training_prompts
+from occ_jax.data.tasks import completion_tokens, prompt_tokens
+from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
-from occ_jax.evaluate import evaluate, summarise
+from occ_jax.evaluate import evaluate_sets
 from occ_jax.metrics import Row, RunLog, read_rows, write_json
 from occ_jax.models.model import Model, num_parameters
 from occ_jax.progress import Progress
@@ -63,7 +64,9 @@ class _Run(NamedTuple):
     config: Config
     model: Model
     mesh: Mesh
-    data: grain.DatasetIterator[list[Example]]
+    tokenizer: Tokenizer
+    data: grain.DatasetIterator[list[Prompt]]
+    evaluation: dict[str, list[Prompt]]
     reference: Params | None
     manager: ocp.CheckpointManager
     log: RunLog
@@ -92,12 +95,14 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
         UserError: config and task do not fit, the directory holds another run or cannot be written,
             a checkpoint is damaged, too many updates in a row were not finite.
     """
-    check_task_fits(config)
+    tokenizer = model_tokenizer(config.model)
+    check_task_fits(config, tokenizer)
     mesh, model = make_mesh(config.mesh), Model(config.model)
+    evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
+    data = _training_data(config, tokenizer)
     directory = Path(config.run.directory)
     open_directory(directory, config)
-    begin = starting_params(config, model, mesh, progress.say)
-    data = training_iterator(config.task, config.rollout.num_prompts, config.run.seed)
+    begin = starting_params(config, model, mesh, tokenizer, progress.say)
     manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
     found = manager.latest_step()
     if found is None:
@@ -108,7 +113,7 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
         state = checkpoint.restore(manager, found, like, data)
     reference = begin["trunk"] if config.algorithm.kl_coefficient > 0 else None
     log = RunLog(directory, -1 if found is None else found)
-    run = _Run(config, model, mesh, data, reference, manager, log)
+    run = _Run(config, model, mesh, tokenizer, data, evaluation, reference, manager, log)
     try:
         _steps(run, state, found, progress)
     finally:
@@ -117,6 +122,17 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     summary = _summary(config, begin, read_rows(directory / "metrics.jsonl"))
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _training_data(config: Config, tokenizer: Tokenizer) -> grain.DatasetIterator[list[Prompt]]:
+    """This process's share of the prompts of every step."""
+    hosts = jax.process_count()
+    return iterate(
+        training_prompts(config, tokenizer).prompts,
+        config.rollout.num_prompts // hosts,
+        host=jax.process_index(),
+        num_hosts=hosts,
+    )
 
 
 def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) -> None:
@@ -138,6 +154,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 run.model,
                 run.config,
                 run.mesh,
+                run.tokenizer,
                 state.params,
                 run.reference,
                 run.data,
@@ -215,16 +232,16 @@ def _finish(run: _Run, pending: _Pending, skipped: int) -> int:
 
 
 def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
-    evaluation = evaluate(
+    return evaluate_sets(
         run.model,
         run.config,
         run.mesh,
+        run.tokenizer,
         state.params,
+        run.evaluation,
         _key(state, step, _EVALUATION),
-        num_prompts=run.config.run.evaluation_prompts,
         num_samples=run.config.run.evaluation_samples,
     )
-    return summarise(evaluation)
 
 
 def _key(state: TrainState, step: int, purpose: int) -> jax.Array:
@@ -235,23 +252,30 @@ def _figures(row: Row) -> dict[str, float]:
     return {short: row[name] for short, name in _WATCHED.items() if name in row}
 
 
-def check_task_fits(config: Config) -> None:
-    """Refuses a model or rollout too small for the task.
+def check_task_fits(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuses a model or rollout too small for the tokenizer and the prompts.
 
     Raises:
         UserError: naming the field and the least it must be.
     """
-    depth, prompt = config.model.num_mtp_modules, prompt_tokens(config.task)
-    for name, value, least in (
-        ("model.vocab_size", config.model.vocab_size, VOCAB_SIZE),
-        ("rollout.max_new_tokens", config.rollout.max_new_tokens, completion_tokens(config.task)),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}; task {config.task.name} needs at least {least}")
-    if depth >= prompt:
+    task, rollout, model = config.task, config.rollout, config.model
+    least = [
+        ("model.vocab_size", model.vocab_size, tokenizer.vocab_size, "the tokenizer"),
+    ]
+    if not config.dataset.name:
+        width, owner = prompt_columns(config), f"task {task.name}"
+        least += [
+            ("rollout.max_prompt_tokens", width, prompt_tokens(task), owner),
+            ("rollout.max_new_tokens", rollout.max_new_tokens, completion_tokens(task), owner),
+        ]
+    for name, value, needed, who in least:
+        if value < needed:
+            raise UserError(f"{name} is {value}; {who} needs at least {needed}")
+    depth, columns = model.num_mtp_modules, prompt_columns(config)
+    if depth >= columns:
         raise UserError(
-            f"model.num_mtp_modules is {depth}; prompts of task {config.task.name} have "
-            f"{prompt} tokens, enough for {prompt - 1}"
+            f"model.num_mtp_modules is {depth}; prompts have {columns} tokens, enough for "
+            f"{columns - 1}"
         )
 
 

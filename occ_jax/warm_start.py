@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.checkpoint import restore_params, save_params
 from occ_jax.config import Config
-from occ_jax.data.pipeline import encode_completions, encode_prompts, training_iterator
+from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
+from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -42,7 +43,11 @@ _STREAM = 2**31
 
 
 def starting_params(
-    config: Config, model: Model, mesh: Mesh, report: Callable[[str], None] | None = None
+    config: Config,
+    model: Model,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    report: Callable[[str], None] | None = None,
 ) -> Params:
     """Parameters every run of this (model, task, warm start) starts from.
 
@@ -50,6 +55,7 @@ def starting_params(
         config: sections model, task and warm_start matter.
         model: the architecture.
         mesh: where the parameters go.
+        tokenizer: of the task's prompts and completions.
         report: receives one line about what was done, for people.
     """
     tell = report or (lambda _: None)
@@ -69,7 +75,7 @@ def starting_params(
     if config.warm_start.steps == 0:
         return params
     tell(f"starting policy: {config.warm_start.steps} supervised steps")
-    params = _fit(config, model, params)
+    params = _fit(config, model, tokenizer, params)
     _keep(directory, params)
     return params
 
@@ -122,7 +128,7 @@ def supervised_loss(
     return losses[0] + mtp_weight * sum(losses[1:], jnp.zeros(())) / max(depth, 1)
 
 
-def _fit(config: Config, model: Model, params: Params) -> Params:
+def _fit(config: Config, model: Model, tokenizer: Tokenizer, params: Params) -> Params:
     warm_start = config.warm_start
     optimizer = optax.adam(warm_start.learning_rate)
 
@@ -135,11 +141,12 @@ def _fit(config: Config, model: Model, params: Params) -> Params:
         return optax.apply_updates(params, updates), opt_state
 
     opt_state = optimizer.init(params)
-    examples = training_iterator(config.task, warm_start.batch_size, _STREAM)
+    batches = iterate(task_prompts(config, tokenizer, _STREAM), warm_start.batch_size)
     for _ in range(warm_start.steps):
-        batch = next(examples)
-        prompts, prompt_valid = encode_prompts(config.task, batch)
-        completions, mask = encode_completions(config.task, batch)
+        batch = next(batches)
+        prompts, prompt_valid = pad_prompts(config, tokenizer, batch)
+        examples = [prompt.example for prompt in batch]
+        completions, mask = encode_completions(config.task, tokenizer, examples)
         tokens = jnp.concatenate([prompts, completions], axis=1)
         valid = jnp.concatenate([prompt_valid, mask], axis=1)
         params, opt_state = step(params, opt_state, tokens, valid, mask)

@@ -13,7 +13,8 @@ import pytest
 
 from occ_jax import checkpoint
 from occ_jax.config import computation
-from occ_jax.data.pipeline import training_iterator
+from occ_jax.data.pipeline import iterate, training_prompts
+from occ_jax.data.tokenizer import DIGITS
 from occ_jax.metrics import read_rows
 from occ_jax.models import Model
 from occ_jax.progress import Progress
@@ -31,7 +32,7 @@ def final_state(directory: Path):
     config = tiny_config(directory, steps=STEPS)
     mesh, model = make_mesh(config.mesh), Model(config.model)
     manager = checkpoint.open_manager(directory / "run" / "checkpoints", 2)
-    data = training_iterator(config.task, config.rollout.num_prompts, config.run.seed)
+    data = iterate(training_prompts(config, DIGITS).prompts, config.rollout.num_prompts)
     like = abstract_state(model, computation(config), mesh)
     state = checkpoint.restore(manager, STEPS, like, data)
     manager.close()

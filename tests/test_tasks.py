@@ -8,24 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occ_jax.config import TaskConfig
+from occ_jax.config import Config, RolloutConfig, RunConfig, TaskConfig
+from occ_jax.data.examples import Example, make_prompt
 from occ_jax.data.pipeline import (
     encode_completions,
-    encode_prompts,
-    evaluation_examples,
-    training_iterator,
+    evaluation_prompts,
+    iterate,
+    pad_prompts,
+    prompt_columns,
+    training_prompts,
 )
 from occ_jax.data.tasks import (
-    Example,
     completion_tokens,
     has_unique_completion,
     make_example,
     prompt_tokens,
     split_of,
 )
-from occ_jax.data.tokenizer import ALPHABET, EOS_ID, PAD_ID, VOCAB_SIZE, decode, encode
+from occ_jax.data.tokenizer import ALPHABET, DIGITS, decode_completion
+from occ_jax.errors import UserError
 from occ_jax.rewards.exact_match import exact_match
 
+encode, decode = DIGITS.encode, DIGITS.decode
+PAD_ID, (EOS_ID,), VOCAB_SIZE = DIGITS.pad_id, DIGITS.eos_ids, DIGITS.vocab_size
 TASKS = ("reverse_digits", "sort_digits", "addition", "chained_sum")
 SPLITS = ("train", "evaluation")
 SMALLEST = {
@@ -44,6 +49,19 @@ configs = st.builds(
 )
 indices = st.integers(0, 2**31 - 2)
 streams = st.integers(0, 2**31 - 1)
+
+
+def example_of(prompt, completion, answer):
+    return Example(prompt, answer, source="by hand", id="0", completion=completion)
+
+
+def prompts_of(config, examples):
+    return [make_prompt(Config(task=config), DIGITS, example) for example in examples]
+
+
+def training_iterator(config, batch_size, stream=0):
+    whole = Config(task=config, run=RunConfig(seed=stream))
+    return iterate(training_prompts(whole, DIGITS).prompts, batch_size)
 
 
 def numbers(prompt):
@@ -84,7 +102,8 @@ def test_examples_by_hand():
 
 @given(config=configs, split=st.sampled_from(SPLITS), index=indices, stream=streams)
 def test_completions_are_right(config, split, index, stream):
-    prompt, completion, answer = make_example(config, split, index, stream)
+    example = make_example(config, split, index, stream)
+    prompt, completion, answer = example.prompt, example.completion, example.answer
     assert prompt.endswith("=")
     assert completion == right_completion(config, prompt)
     if config.name == "chained_sum":
@@ -107,7 +126,8 @@ def test_an_example_depends_on_seed_stream_and_index_alone(config, split, index,
         make_example(config, split, index, stream + 1),
         make_example(dataclasses.replace(config, seed=config.seed ^ 1), split, index, stream),
     )
-    assert len({example, *others}) == 4
+    assert len({found.prompt for found in (example, *others)}) == 4
+    assert example.id not in {found.id for found in others[:2]}
 
 
 @each_task
@@ -164,7 +184,12 @@ def test_encoding_round_trips(text):
     assert len(ids) == len(text)
     assert set(ids) <= set(range(2, VOCAB_SIZE))
     assert decode(ids) == text
-    assert decode([PAD_ID, *ids, EOS_ID, PAD_ID, *encode("7")]) == text
+    assert decode_completion(DIGITS, [*ids, EOS_ID, PAD_ID, *encode("7")]) == text
+
+
+def test_special_tokens_are_spelled_out():
+    assert decode([PAD_ID, *encode("12"), EOS_ID, *encode("7")]) == "<pad>12<eos>7"
+    assert decode_completion(DIGITS, [*encode("1"), PAD_ID, *encode("2")]) == "1<pad>2"
 
 
 def test_every_character_has_a_token_of_its_own():
@@ -173,13 +198,13 @@ def test_every_character_has_a_token_of_its_own():
 
 
 def test_an_unknown_character_is_refused_by_name():
-    with pytest.raises(ValueError, match="holds '-x'; the digit tasks' alphabet"):
+    with pytest.raises(UserError, match="holds '-x'; the digit tasks' alphabet"):
         encode("1x-x2")
 
 
 def test_decoding_survives_rows_of_the_embedding_beyond_the_alphabet():
     # `model.vocab_size` may exceed the tokenizer's, and a random policy samples such tokens.
-    assert decode([*encode("1"), VOCAB_SIZE, *encode("2"), EOS_ID]) == "1\N{REPLACEMENT CHARACTER}2"
+    assert decode([*encode("1"), VOCAB_SIZE, *encode("2")]) == "1\N{REPLACEMENT CHARACTER}2"
 
 
 # Pipelines.
@@ -191,7 +216,7 @@ def test_the_iterator_yields_examples_in_order(name):
     iterator = training_iterator(config, 4, stream=5)
     for step in range(3):
         expected = [make_example(config, "train", 4 * step + row, 5) for row in range(4)]
-        assert next(iterator) == expected
+        assert next(iterator) == prompts_of(config, expected)
 
 
 def test_a_restored_iterator_continues_with_the_next_batch():
@@ -211,7 +236,7 @@ def test_a_restored_iterator_continues_with_the_next_batch():
 def test_streams_and_seeds_have_examples_of_their_own():
     config = TaskConfig(digits=8)
     batches = [
-        {example.prompt for example in next(training_iterator(config_, 64, stream))}
+        {prompt.example.prompt for prompt in next(training_iterator(config_, 64, stream))}
         for config_, stream in (
             (config, 0),
             (config, 1),
@@ -221,25 +246,38 @@ def test_streams_and_seeds_have_examples_of_their_own():
     assert len(set.union(*batches)) == 3 * 64
 
 
-def test_evaluation_examples_are_the_first_of_their_split():
-    config = TaskConfig(digits=4)
-    examples = evaluation_examples(config, 8)
-    assert examples[:3] == evaluation_examples(config, 3)
-    assert examples == [make_example(config, "evaluation", index) for index in range(8)]
+def test_hosts_share_the_prompts_of_every_step():
+    config = Config(task=TaskConfig(digits=8))
+    prompts = training_prompts(config, DIGITS).prompts
+    alone = iterate(prompts, 6)
+    shares = [iterate(prompts, 2, host=host, num_hosts=3) for host in range(3)]
+    for _ in range(3):
+        step = next(alone)
+        found = [next(share) for share in shares]
+        assert [found[index % 3][index // 3] for index in range(6)] == step
+    assert len({str(share.get_state()) for share in shares}) == 1
+
+
+def test_evaluation_prompts_are_the_first_of_their_split():
+    config = Config(task=TaskConfig("sort_digits", digits=4))
+    (prompts,) = evaluation_prompts(config, DIGITS, 8).values()
+    assert evaluation_prompts(config, DIGITS, 3) == {"sort_digits": prompts[:3]}
+    examples = [make_example(config.task, "evaluation", index) for index in range(8)]
+    assert prompts == prompts_of(config.task, examples)
 
 
 @given(config=configs, split=st.sampled_from(SPLITS))
 def test_encoded_examples_are_padded_on_the_promised_sides(config, split):
     examples = [make_example(config, split, index) for index in range(4)]
-    prompts, prompt_valid = encode_prompts(config, examples)
-    completions, completion_valid = encode_completions(config, examples)
+    prompts, prompt_valid = pad_prompts(Config(task=config), DIGITS, prompts_of(config, examples))
+    completions, completion_valid = encode_completions(config, DIGITS, examples)
     assert prompts.shape == prompt_valid.shape == (4, prompt_tokens(config))
     assert completions.shape == completion_valid.shape == (4, completion_tokens(config))
     assert prompts.dtype == completions.dtype == np.int32
     for row, example in enumerate(examples):
         length = len(example.completion) + 1
         assert decode(prompts[row].tolist()) == example.prompt
-        assert decode(completions[row].tolist()) == example.completion
+        assert decode_completion(DIGITS, completions[row].tolist()) == example.completion
         assert completions[row, length - 1] == EOS_ID
         np.testing.assert_array_equal(completions[row, length:], PAD_ID)
         np.testing.assert_array_equal(
@@ -249,10 +287,23 @@ def test_encoded_examples_are_padded_on_the_promised_sides(config, split):
 
 
 def test_short_prompts_are_padded_on_the_left():
-    config = TaskConfig("reverse_digits", digits=4)
-    tokens, valid = encode_prompts(config, [Example("12=", "21", "21")])
+    config = Config(task=TaskConfig("reverse_digits", digits=4))
+    prompts = prompts_of(config.task, [example_of("12=", "21", "21")])
+    tokens, valid = pad_prompts(config, DIGITS, prompts)
     np.testing.assert_array_equal(tokens, [[PAD_ID, PAD_ID, *encode("12=")]])
     np.testing.assert_array_equal(valid, [[False, False, True, True, True]])
+
+
+def test_prompts_have_the_configured_width():
+    rollout = RolloutConfig(max_prompt_tokens=7)
+    config = Config(task=TaskConfig("reverse_digits", digits=4), rollout=rollout)
+    assert prompt_columns(config) == 7
+    prompts = prompts_of(config.task, [example_of("1234=", "4321", "4321")])
+    tokens, _ = pad_prompts(config, DIGITS, prompts)
+    np.testing.assert_array_equal(tokens, [[PAD_ID, PAD_ID, *encode("1234=")]])
+    long = prompts_of(config.task, [example_of("1234567=", "7654321", "7654321")])
+    with pytest.raises(UserError, match=r"prompt 0 of by hand has 8 tokens; .* allows 7"):
+        pad_prompts(config, DIGITS, long)
 
 
 # Rewards.
@@ -264,7 +315,7 @@ def score(config, example, *completions):
     """Rewards of completions written as token lists or as texts that end themselves."""
     rows = [[*encode(row), EOS_ID] if isinstance(row, str) else list(row) for row in completions]
     ids = np.array([[row + [PAD_ID] * (WIDTH - len(row)) for row in rows]])
-    scores = exact_match(config, [example], ids)
+    scores = exact_match(Config(task=config), DIGITS, [example], ids)
     assert scores.dtype == np.float32
     return scores[0].tolist()
 
@@ -272,23 +323,24 @@ def score(config, example, *completions):
 @given(config=configs, split=st.sampled_from(SPLITS), index=indices)
 def test_right_completions_earn_one(config, split, index):
     examples = [make_example(config, split, index + step) for step in range(2)]
-    tokens, _ = encode_completions(config, examples)
+    tokens, _ = encode_completions(config, DIGITS, examples)
     # Each problem with its own completion and the other's.
-    scores = exact_match(config, examples, np.stack([tokens, tokens[::-1]], axis=1))
+    pairs = np.stack([tokens, tokens[::-1]], axis=1)
+    scores = exact_match(Config(task=config), DIGITS, examples, pairs)
     same = float(examples[0].answer == examples[1].answer)
     np.testing.assert_array_equal(scores, [[1, same], [1, same]])
 
 
 def test_wrong_and_cut_completions_earn_nothing():
     config = TaskConfig("reverse_digits", digits=3)
-    example = Example("123=", "321", "321")
+    example = example_of("123=", "321", "321")
     assert score(config, example, "321", "320", "3211", "32", "", ">321", "1>321") == [1] + [0] * 6
     assert score(config, example, encode("321"), [EOS_ID, *encode("321")]) == [0, 0]
 
 
 def test_what_follows_the_end_is_ignored():
     config = TaskConfig("reverse_digits", digits=3)
-    example = Example("123=", "321", "321")
+    example = example_of("123=", "321", "321")
     trailing = [*encode("321"), EOS_ID, *encode("99"), EOS_ID, 5]
     assert score(config, example, trailing) == [1]
 
@@ -296,26 +348,26 @@ def test_what_follows_the_end_is_ignored():
 def test_a_padding_token_inside_a_completion_is_not_overlooked():
     # The policy can sample it, and of one prompt exactly one completion is right.
     config = TaskConfig("reverse_digits", digits=3)
-    example = Example("123=", "321", "321")
+    example = example_of("123=", "321", "321")
     first, *rest = encode("321")
     assert score(config, example, [first, PAD_ID, *rest, EOS_ID]) == [0]
     assert score(config, example, [PAD_ID, first, *rest, EOS_ID]) == [0]
     chained = TaskConfig("chained_sum", digits=1, terms=2)
     first, second = encode("14")
-    example = Example("9+5=", "14", "14")
+    example = example_of("9+5=", "14", "14")
     assert score(chained, example, [first, second, EOS_ID]) == [1]
     assert score(chained, example, [first, PAD_ID, second, EOS_ID]) == [0]
 
 
 def test_tokens_beyond_the_alphabet_are_wrong():
     config = TaskConfig("reverse_digits", digits=3)
-    example = Example("123=", "321", "321")
+    example = example_of("123=", "321", "321")
     assert score(config, example, [*encode("321"), VOCAB_SIZE, EOS_ID], "321") == [0, 1]
 
 
 def test_chained_sums_are_judged_by_their_last_number():
     config = TaskConfig("chained_sum", digits=1, terms=3)
-    example = Example("9+5+1=", "14>15", "15")
+    example = example_of("9+5+1=", "14>15", "15")
     right = ("14>15", "15", "13>15", "7>8>15", "+=>15")
     assert score(config, example, *right) == [1] * len(right)
     wrong = ("14>16", "15>14", "14>15>", "14", "", "14>015", "14+15", "15>")

@@ -1,6 +1,6 @@
 """Digit tasks generated from nothing: endless, deterministic, verifiable.
 
-An `Example` is a function of (task, split, seed, stream, index); a run's seed is its stream. Train
+An example is a function of (task, split, seed, stream, index); a run's seed is its stream. Train
 and evaluation examples never share a prompt: a prompt's checksum decides which split it belongs to,
 and generation redraws until the split is right.
 """
@@ -13,43 +13,42 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from occ_jax.config import TaskConfig
+from occ_jax.data.examples import Example
 
 Split = Literal["train", "evaluation"]
 EVALUATION_SHARE = 8  # one prompt in this many belongs to the evaluation split
 
 
-class Example(NamedTuple):
-    """One verifiable problem."""
-
+class _Problem(NamedTuple):
     prompt: str
-    completion: str  # a right one, with every intermediate step; what the warm-up imitates
-    answer: str  # what a completion must end in to earn its reward
+    completion: str  # a right one, with every intermediate step
+    answer: str  # what a completion must end in
 
 
-def _reverse(rng: np.random.Generator, config: TaskConfig) -> Example:
+def _reverse(rng: np.random.Generator, config: TaskConfig) -> _Problem:
     digits = "".join(map(str, rng.integers(0, 10, config.digits)))
-    return Example(f"{digits}=", digits[::-1], digits[::-1])
+    return _Problem(f"{digits}=", digits[::-1], digits[::-1])
 
 
-def _sort(rng: np.random.Generator, config: TaskConfig) -> Example:
+def _sort(rng: np.random.Generator, config: TaskConfig) -> _Problem:
     digits = "".join(map(str, rng.integers(0, 10, config.digits)))
     ordered = "".join(sorted(digits))
-    return Example(f"{digits}=", ordered, ordered)
+    return _Problem(f"{digits}=", ordered, ordered)
 
 
-def _addition(rng: np.random.Generator, config: TaskConfig) -> Example:
+def _addition(rng: np.random.Generator, config: TaskConfig) -> _Problem:
     width = config.digits
     first, second = (int(x) for x in rng.integers(0, 10**width, 2))
     # Least significant digit first, the order in which carries are known.
     total = f"{first + second:0{width + 1}d}"[::-1]
-    return Example(f"{first:0{width}d}+{second:0{width}d}=", total, total)
+    return _Problem(f"{first:0{width}d}+{second:0{width}d}=", total, total)
 
 
-def _chained_sum(rng: np.random.Generator, config: TaskConfig) -> Example:
+def _chained_sum(rng: np.random.Generator, config: TaskConfig) -> _Problem:
     terms = [int(x) for x in rng.integers(0, 10**config.digits, config.terms)]
     totals = [str(x) for x in np.cumsum(terms)]
     prompt = "+".join(f"{term:0{config.digits}d}" for term in terms)
-    return Example(f"{prompt}=", ">".join(totals[1:]), totals[-1])
+    return _Problem(f"{prompt}=", ">".join(totals[1:]), totals[-1])
 
 
 _GENERATORS = {
@@ -73,22 +72,36 @@ def make_example(config: TaskConfig, split: Split, index: int, stream: int = 0) 
     """
     rng = np.random.Generator(np.random.Philox(key=[config.seed << 32 | stream, index]))
     while True:
-        example = _GENERATORS[config.name](rng, config)
-        if split_of(example.prompt) == split:
-            return example
+        problem = _GENERATORS[config.name](rng, config)
+        if split_of(problem.prompt) == split:
+            return Example(
+                prompt=problem.prompt,
+                answer=problem.answer,
+                source=config.name,
+                id=f"{split}-{stream}-{index}",
+                completion=problem.completion,
+            )
 
 
 def has_unique_completion(config: TaskConfig) -> bool:
     """Whether exactly one completion of a prompt is right.
 
     Then the objective, the probability of a right completion, is that of one token sequence and
-    can be computed instead of sampled. `chained_sum` is judged by its last number alone.
+    can be computed instead of sampled.
     """
-    return config.name != "chained_sum"
+    return not answer_separator(config)
+
+
+def answer_separator(config: TaskConfig) -> str:
+    """What the answer follows in a right completion; empty where the completion is the answer.
+
+    `chained_sum` is judged by its last number alone.
+    """
+    return ">" if config.name == "chained_sum" else ""
 
 
 def prompt_tokens(config: TaskConfig) -> int:
-    """Tokens of every prompt of a task (they all have the same length)."""
+    """Tokens of every prompt of a task, one a character (they all have the same length)."""
     match config.name:
         case "addition":
             return 2 * config.digits + 2

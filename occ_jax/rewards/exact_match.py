@@ -1,4 +1,4 @@
-"""The reward of the digit tasks: 1 for a completion whose answer is the right one, else 0."""
+"""The strictest reward: 1 for a completion whose answer is spelled exactly as the right one."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from occ_jax.config import TaskConfig
-from occ_jax.data.tasks import Example, has_unique_completion
-from occ_jax.data.tokenizer import EOS_ID, encode
+from occ_jax.config import Config
+from occ_jax.data.examples import Example
+from occ_jax.data.tasks import answer_separator
+from occ_jax.data.tokenizer import Tokenizer, until_end
 
 
 def exact_match(
-    config: TaskConfig, examples: Sequence[Example], completions: np.ndarray
+    config: Config, tokenizer: Tokenizer, examples: Sequence[Example], completions: np.ndarray
 ) -> np.ndarray:
     """Scores completions of a group size G.
 
     A completion cut by the length limit (no end-of-sequence token) earns nothing, whatever it
-    spells. With intermediate steps only what follows the last ">" is compared. Tokens are compared
-    and not text, which drops the padding that a policy may have sampled inside a completion.
+    spells. With intermediate steps only what follows the last ">" is compared. Text is compared,
+    special tokens spelled out: padding that a policy sampled inside a completion is not overlooked.
 
     Args:
-        config: the task.
+        config: the digit task or prepared set.
+        tokenizer: of the completions.
         examples: P problems.
         completions: int token ids [P, G, R].
 
     Returns:
         float32 [P, G], 0 or 1.
     """
+    separator = "" if config.dataset.name else answer_separator(config.task)
     scores = np.zeros(completions.shape[:2], np.float32)
-    whole = has_unique_completion(config)
-    (separator,) = encode(">")
     for row, example in enumerate(examples):
-        answer = encode(example.answer)
         for column, ids in enumerate(completions[row].tolist()):
-            if EOS_ID not in ids:
+            given, ended = until_end(tokenizer, ids)
+            if not ended:
                 continue
-            given = ids[: ids.index(EOS_ID)]
-            if not whole and separator in given:
-                given = given[len(given) - given[::-1].index(separator) :]
-            scores[row, column] = given == answer
+            text = tokenizer.decode(given)
+            if separator:
+                text = text.rpartition(separator)[2]
+            scores[row, column] = text == example.answer
     return scores

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from occ_jax.config import Config, computation
-from occ_jax.data.pipeline import encode_prompts
-from occ_jax.data.tasks import Example
-from occ_jax.data.tokenizer import EOS_ID, PAD_ID, decode
+from occ_jax.data.examples import Prompt, prompt_text
+from occ_jax.data.pipeline import pad_prompts
+from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
@@ -43,7 +43,7 @@ class Experience(NamedTuple):
 class _Group(NamedTuple):
     """Completions of some prompts on the host, with their scores."""
 
-    examples: list[Example]
+    prompts: list[Prompt]
     rollout: Rollout  # NumPy arrays, or device arrays when nothing was dropped
     scores: np.ndarray  # [P, G], the verifier's
 
@@ -52,29 +52,31 @@ def collect(
     model: Model,
     config: Config,
     mesh: Mesh,
+    tokenizer: Tokenizer,
     params: Params,
     reference: Params | None,
-    prompts: grain.DatasetIterator[list[Example]],
+    prompts: grain.DatasetIterator[list[Prompt]],
     key: Key[Array, ""],
 ) -> Experience:
     """Samples, scores and cuts into mini-batches.
 
     Args:
         model: the architecture.
-        config: sections task, rollout, algorithm, mtp.
+        config: sections task, dataset, rollout, algorithm, mtp.
         mesh: where `params` lie.
+        tokenizer: of the prompts.
         params: the policy.
         reference: trunk parameters of the KL penalty's reference, or None.
-        prompts: yields `rollout.num_prompts` examples at a time.
+        prompts: yields `rollout.num_prompts` of them at a time.
         key: of this step.
 
     Raises:
         UserError: dynamic sampling found too few informative groups in `rollout.max_rounds`.
     """
     group = (
-        _dynamic(model, config, mesh, params, prompts, key)
+        _dynamic(model, config, mesh, tokenizer, params, prompts, key)
         if config.rollout.dynamic_sampling
-        else _sample_group(model, config, mesh, params, next(prompts), key)
+        else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key)
     )
     mask = np.asarray(group.rollout.response_mask)
     lengths = mask.sum(axis=1).reshape(group.scores.shape)
@@ -92,8 +94,8 @@ def collect(
     tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
     return Experience(
         batches=batches,
-        metrics=_metrics(config, group, rewards, lengths, tokens, mask),
-        samples=_samples(config, group, rewards, tokens),
+        metrics=_metrics(tokenizer, group, rewards, lengths, tokens, mask),
+        samples=_samples(config, tokenizer, group, rewards, tokens),
     )
 
 
@@ -101,47 +103,57 @@ def _sample_group(
     model: Model,
     config: Config,
     mesh: Mesh,
+    tokenizer: Tokenizer,
     params: Params,
-    examples: list[Example],
+    prompts: list[Prompt],
     key: Key[Array, ""],
 ) -> _Group:
-    encoded = jax.device_put(encode_prompts(config.task, examples), rows(mesh))
-    rollout = _sampler(model, computation(config), mesh)(params, *encoded, key)
+    padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
+    ends, filler = tokenizer.eos_ids, tokenizer.pad_id
+    rollout = _sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
     size = config.rollout.group_size
     tokens = np.asarray(rollout.tokens)[:, -config.rollout.max_new_tokens :]
-    scores = exact_match(config.task, examples, tokens.reshape(len(examples), size, -1))
-    return _Group(examples, rollout, scores)
+    examples = [prompt.example for prompt in prompts]
+    scores = exact_match(config, tokenizer, examples, tokens.reshape(len(prompts), size, -1))
+    return _Group(prompts, rollout, scores)
 
 
 def _dynamic(
     model: Model,
     config: Config,
     mesh: Mesh,
+    tokenizer: Tokenizer,
     params: Params,
-    prompts: grain.DatasetIterator[list[Example]],
+    prompts: grain.DatasetIterator[list[Prompt]],
     key: Key[Array, ""],
 ) -> _Group:
     """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
     wanted, size = config.rollout.num_prompts, config.rollout.group_size
-    examples: list[Example] = []
+    kept: list[Prompt] = []
     scores: list[np.ndarray] = []
     pieces: list[Rollout] = []
     for number in range(config.rollout.max_rounds):
         found = _sample_group(
-            model, config, mesh, params, next(prompts), jax.random.fold_in(key, number)
+            model,
+            config,
+            mesh,
+            tokenizer,
+            params,
+            next(prompts),
+            jax.random.fold_in(key, number),
         )
         keep = np.flatnonzero(informative_groups(found.scores))
-        keep = keep[: wanted - len(examples)]
+        keep = keep[: wanted - len(kept)]
         kept_rows = (keep[:, None] * size + np.arange(size)[None, :]).reshape(-1)
-        examples += [found.examples[index] for index in keep]
+        kept += [found.prompts[index] for index in keep]
         scores.append(found.scores[keep])
         pieces.append(
-            map_rows(lambda x, axis, kept=kept_rows: np.take(x, kept, axis), found.rollout)
+            map_rows(lambda x, axis, keep=kept_rows: np.take(x, keep, axis), found.rollout)
         )
-        if len(examples) == wanted:
-            return _Group(examples, _join(pieces), np.concatenate(scores))
+        if len(kept) == wanted:
+            return _Group(kept, _join(pieces), np.concatenate(scores))
     raise UserError(
-        f"dynamic sampling kept {len(examples)} of {wanted} groups after rollout.max_rounds="
+        f"dynamic sampling kept {len(kept)} of {wanted} groups after rollout.max_rounds="
         f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
     )
 
@@ -163,15 +175,17 @@ def _scores_modules(config: Config) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(model: Model, config: Config, mesh: Mesh) -> Callable[..., Rollout]:
+def _sampler(
+    model: Model, config: Config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int
+) -> Callable[..., Rollout]:
     run = functools.partial(
         sample,
         model,
         group_size=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        eos_id=EOS_ID,
-        pad_id=PAD_ID,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
         auxiliary=_scores_modules(config) and config.rollout.old_log_probs == "sampler",
     )
     return jax.jit(run)
@@ -251,14 +265,14 @@ def _score(
 
 
 def _metrics(
-    config: Config,
+    tokenizer: Tokenizer,
     group: _Group,
     rewards: np.ndarray,
     lengths: np.ndarray,
     tokens: np.ndarray,
     mask: np.ndarray,
 ) -> dict[str, float]:
-    ended = np.any((tokens == EOS_ID) & mask, axis=1)
+    ended = np.any(np.isin(tokens, tokenizer.eos_ids) & mask, axis=1)
     return {
         "critic/score/mean": float(group.scores.mean()),
         "critic/rewards/mean": float(rewards.mean()),
@@ -271,16 +285,17 @@ def _metrics(
 
 
 def _samples(
-    config: Config, group: _Group, rewards: np.ndarray, tokens: np.ndarray
+    config: Config, tokenizer: Tokenizer, group: _Group, rewards: np.ndarray, tokens: np.ndarray
 ) -> list[dict[str, Any]]:
     size = config.rollout.group_size
     return [
         {
-            "prompt": group.examples[index].prompt,
-            "completion": decode(tokens[index * size].tolist()),
-            "answer": group.examples[index].answer,
+            "id": prompt.example.id,
+            "prompt": prompt_text(config, prompt.example),
+            "completion": decode_completion(tokenizer, tokens[index * size].tolist()),
+            "answer": prompt.example.answer,
             "score": float(group.scores[index, 0]),
             "reward": float(rewards[index, 0]),
         }
-        for index in range(min(config.run.num_logged_samples, len(group.examples)))
+        for index, prompt in enumerate(group.prompts[: config.run.num_logged_samples])
     ]

@@ -44,7 +44,7 @@ def sample(
     group_size: int,
     max_new_tokens: int,
     temperature: float,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     pad_id: int,
     auxiliary: bool = False,
 ) -> Rollout:
@@ -60,7 +60,7 @@ def sample(
         max_new_tokens: R; a row without an end-of-sequence token by then is cut.
         temperature: divides the logits; 0 takes the most probable token. Log-probabilities are
             those of the distribution sampled from, at temperature 0 of the untempered one.
-        eos_id: ends a row; it is part of the response.
+        eos_ids: any of them ends a row; it is part of the response.
         pad_id: fills columns after the end.
         auxiliary: also return the modules' log-probabilities of the sampled tokens.
 
@@ -102,7 +102,7 @@ def sample(
             tokens=put(carry.tokens, token[:, None], column),
             valid=put(carry.valid, live[:, None], column),
             log_probs=put(carry.log_probs, jnp.where(live[:, None], log_prob, 0.0), carry.round),
-            done=carry.done | (token == eos_id),
+            done=carry.done | jnp.isin(token, jnp.array(eos_ids)),
         )
 
     def decode(carry: _Carry) -> _Carry:

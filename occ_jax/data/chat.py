@@ -1,0 +1,143 @@
+"""Chat templates: messages to text, as the checkpoint's authors wrote them down.
+
+A template is a program that came with the weights, so it runs in jinja's sandbox, where it can
+read what it is given and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from occ_jax.errors import UserError
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+RenderChat = Callable[..., str]
+"""(messages, *, add_generation_prompt=True, **variables) to text that ends, with the prompt, where
+the model's turn begins."""
+
+
+def load_chat_template(
+    directory: Path, configured: Any, special_tokens: dict[str, str]
+) -> RenderChat:
+    """The chat template of a checkpoint.
+
+    Args:
+        directory: the checkpoint; its chat_template.jinja goes before `configured`.
+        configured: "chat_template" of its tokenizer_config.json: a template, a list of named ones
+            of which "default" is taken, or None.
+        special_tokens: what a template may spell, such as {"bos_token": "<s>"}.
+
+    Returns:
+        A function that renders. Without a template, one that raises: a checkpoint needs one only
+        where chats are rendered.
+
+    Raises:
+        UserError: the template is no valid program. The function: a template is needed and
+            missing, or refuses the messages.
+    """
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        source, origin = path.read_text(encoding="utf-8"), str(path)
+    else:
+        source, origin = _default(configured), f"{directory / 'tokenizer_config.json'}"
+    render = None if source is None else _compile(source, origin)
+
+    def render_chat(
+        messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        if render is None:
+            raise UserError(
+                f"{directory} holds no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); set dataset.chat to False to use prompts as plain text"
+            )
+        context = {
+            "messages": [message._asdict() for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **special_tokens,
+            **variables,
+        }
+        try:
+            return render(**context)
+        except Exception as error:  # a program of others: it may raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the chat template of {origin} refuses a conversation of roles "
+                f"{', '.join(message.role for message in messages)}: {reason}"
+            ) from error
+
+    return render_chat
+
+
+def _default(configured: Any) -> str | None:
+    if isinstance(configured, list):
+        named = {entry["name"]: entry["template"] for entry in configured}
+        return named.get("default")
+    return configured
+
+
+def _compile(source: str, origin: str) -> Callable[..., str]:
+    """A template in the environment that templates are written for."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what the model said, for others' loss masks; text as any other."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment: Any = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(source).render
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template of {origin} is no valid program: line {error.lineno}: "
+            f"{error.message}"
+        ) from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
