@@ -59,9 +59,13 @@ class Ends(nnx.Module):
             self.head = linear(config, config.hidden_size, config.vocab_size, rngs)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The output head, in float32."""
-        out = self.embed.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
+        """The output head; products add up and stay in float32, whatever the operands' type."""
+        dtype = jnp.dtype(self.config.dtype)
+        tied = self.config.tie_embeddings
+        kernel = self.embed.embedding[...].T if tied else self.head.kernel[...]
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
+        out = jnp.dot(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], -1)
 
 
 @functools.cache
