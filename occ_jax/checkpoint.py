@@ -2,13 +2,17 @@
 
 A checkpoint holds parameters, optimizer state (the coefficient and its EMAs in it), step counters,
 the random key and the data iterator's position. Orbax writes to a temporary directory and renames
-it when it is whole, so a checkpoint is either complete or not there, whatever kills the process.
+it when it is whole, and a manifest of all its files' digests closes it, so a checkpoint is either
+complete and as it was written, or refused; a run falls back to the one before.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Generator
+import shutil
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from occ_jax.errors import UserError
+from occ_jax.files import write_json
 from occ_jax.types import Params, TrainState
 
 _STEP = re.compile(r"\d+")
+_MANIFEST = "manifest.json"
 
 
 def open_manager(directory: Path, keep: int) -> ocp.CheckpointManager:
@@ -44,6 +50,7 @@ def save(
             data=grain.checkpoint.CheckpointSave(data),
         ),
     )
+    _close(Path(manager.directory) / str(step))
 
 
 def restore(
@@ -91,6 +98,7 @@ def save_params(directory: Path, params: Params) -> None:
             args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
             force=True,
         )
+    _close(directory)
 
 
 def restore_params(directory: Path, like: Params) -> Params:
@@ -99,6 +107,9 @@ def restore_params(directory: Path, like: Params) -> Params:
     Raises:
         UserError: the files are damaged or of another model.
     """
+    problem = damage(directory)
+    if problem is not None:
+        raise UserError(f"the checkpoint {directory} is damaged: {problem}")
     with _readable(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(
             directory.absolute(),
@@ -125,6 +136,71 @@ def find_checkpoint(path: Path) -> Path:
             f"no checkpoint at {path}; give a run directory or one of its checkpoints/<step>"
         )
     return max(complete, key=lambda entry: int(entry.name))
+
+
+def newest_intact(directory: Path, tell: Callable[[str], None]) -> int | None:
+    """The newest step of a run whose files are as they were written, None where there is no step.
+
+    Steps after it are renamed, not deleted, to make room for what the run will write again.
+
+    Args:
+        directory: of the run's checkpoints.
+        tell: receives one line for every damaged checkpoint passed over.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged.
+    """
+    entries = list(directory.iterdir()) if directory.is_dir() else []
+    steps = sorted(int(entry.name) for entry in entries if _STEP.fullmatch(entry.name))
+    damaged: dict[int, str] = {}
+    while steps and (problem := damage(directory / str(steps[-1]))) is not None:
+        damaged[steps.pop()] = problem
+    finished = [step for step in damaged if (directory / str(step) / _MANIFEST).exists()]
+    if finished and not steps:
+        raise UserError(
+            f"the checkpoint {directory / str(finished[0])} is damaged: {damaged[finished[0]]}; "
+            "there is no earlier one to go back to"
+        )
+    for step, problem in damaged.items():
+        aside = directory / f"damaged-{step}"
+        tell(f"the checkpoint {directory / str(step)} is damaged ({problem}): now {aside}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        (directory / str(step)).rename(aside)
+    return steps[-1] if steps else None
+
+
+def damage(directory: Path) -> str | None:
+    """What differs from the checkpoint as it was written, None for nothing."""
+    try:
+        expected = json.loads((directory / _MANIFEST).read_text())
+        found = _digests(directory)
+    except FileNotFoundError:
+        return "it was never finished"
+    except (OSError, ValueError) as error:
+        return f"{_MANIFEST} cannot be read ({error})"
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if expected.get(name) != found[name]:
+            return f"{name} has changed"
+    return None
+
+
+def _close(directory: Path) -> None:
+    """Writes the manifest, whose presence says that the checkpoint is complete."""
+    write_json(directory / _MANIFEST, _digests(directory))
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path."""
+    digests: dict[str, str] = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.name.startswith(_MANIFEST):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(directory).as_posix()] = digest
+    return digests
 
 
 @contextmanager

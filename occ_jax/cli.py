@@ -187,7 +187,7 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
 
     from occ_jax.data.pipeline import evaluation_prompts
     from occ_jax.evaluate import evaluate_sets
-    from occ_jax.metrics import write_json
+    from occ_jax.files import write_json
     from occ_jax.sharding import make_mesh
 
     model, tokenizer, params = _load(config, Path(options.checkpoint))

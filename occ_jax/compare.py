@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from occ_jax.config import AlgorithmConfig, Config, MTPConfig
-from occ_jax.metrics import Row, read_rows, write_json
+from occ_jax.files import write_json
+from occ_jax.metrics import Row, read_rows
 from occ_jax.progress import Progress
 from occ_jax.report import comparison, comparison_table, write_figures
 from occ_jax.train import train

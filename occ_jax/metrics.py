@@ -68,13 +68,6 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def _open_after(path: Path, step: int) -> Any:
     """Opens for appending, keeping rows up to `step` only."""
     kept = [row for row in read_rows(path) if row["step"] <= step]

@@ -31,7 +31,8 @@ from occ_jax.data.tasks import completion_tokens, prompt_tokens
 from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluate import evaluate_sets
-from occ_jax.metrics import Row, RunLog, read_rows, write_json
+from occ_jax.files import write_json
+from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.model import Model, num_parameters
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
@@ -103,8 +104,8 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     directory = Path(config.run.directory)
     open_directory(directory, config)
     begin = starting_params(config, model, mesh, tokenizer, progress.say)
+    found = checkpoint.newest_intact(directory / "checkpoints", progress.say)
     manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
-    found = manager.latest_step()
     if found is None:
         state = place_state(computation(config), begin, config.run.seed, mesh)
     else:

@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", str(config), "--run.steps", "4"]) == 2
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(f"error: the checkpoint {step} cannot be read")
+    assert error.splitlines()[-1].startswith(f"error: the checkpoint {step} is damaged: params/")
     after = snapshot(tmp_path)
     assert {k: v for k, v in after.items() if "config.json" not in k} == {
         k: v for k, v in before.items() if "config.json" not in k

@@ -1,6 +1,7 @@
 """A run killed at any moment and started again ends bit for bit where an undisturbed one does."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from occ_jax import checkpoint
-from occ_jax.config import computation
+from occ_jax.config import computation, to_dict
 from occ_jax.data.pipeline import iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
+from occ_jax.files import write_json
 from occ_jax.metrics import read_rows
 from occ_jax.models import Model
 from occ_jax.progress import Progress
@@ -79,6 +81,24 @@ def test_stopped_between_checkpoints_and_resumed(undisturbed, tmp_path):
     state, other = final_state(tmp_path), final_state(undisturbed)
     jax.tree.map(np.testing.assert_array_equal, state[0], other[0])
     assert state[1] == other[1]
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "cut short", "never finished"])
+def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, harm):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    config = tiny_config(tmp_path, steps=STEPS)
+    write_json(tmp_path / "run" / "config.json", to_dict(config))
+    newest = tmp_path / "run" / "checkpoints" / str(STEPS)
+    if harm == "never finished":
+        (newest / "manifest.json").unlink()
+    else:
+        largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 4
+        largest.write_bytes(content if harm == "flipped bit" else content[:-1])
+    train(config, Progress(quiet=True))
+    assert_same_run(undisturbed, tmp_path)
+    assert (newest.parent / f"damaged-{STEPS}").is_dir()
 
 
 def wait_for(moment: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
