@@ -1,4 +1,4 @@
-"""train, compare, evaluate, generate: arguments in, exit status out.
+"""train, compare, evaluate, generate, prepare: arguments in, exit status out.
 
 A user's mistake becomes one line on standard error and status 2, before any compute is spent.
 Heavy imports happen after the arguments are understood.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import re
 import runpy
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from occ_jax.config import Config, differences
+from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
 from occ_jax.runtime import keep_freed_memory
 
@@ -48,8 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the process's exit status."""
     keep_freed_memory()
     try:
-        command, config, options = _parse(list(arguments))
-        command(config, options)
+        _parse(list(arguments))()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,9 +108,8 @@ def _one_line(boxed: str) -> str:
     return said + (f"; did you mean {suggestion.group(1)}?" if suggestion else "")
 
 
-def _parse(
-    arguments: list[str],
-) -> tuple[Callable[[Config, argparse.Namespace], None], Config, argparse.Namespace]:
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """What the arguments ask for, checked and ready to run."""
     parser = _Parser(prog="run.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
@@ -141,13 +141,41 @@ def _parse(
     evaluate.add_argument("--samples", type=_positive, default=16, help="completions each (16)")
     evaluate.add_argument("--json", type=Path, help="also write the figures to this file")
     generate.add_argument(
-        "--prompt", action="append", help="a prompt such as 314159=; default: five of the task's"
+        "--prompt", action="append", help="a prompt such as 314159=; default: five to evaluate on"
     )
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
     )
+    _add_prepare(commands)
     options, rest = parser.parse_known_args(arguments)
-    return options.run, load_config(options.config, rest), options
+    if "config" in options:
+        return functools.partial(options.run, load_config(options.config, rest), options)
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}; {options.command} --help lists them")
+    return functools.partial(options.run, options)
+
+
+def _add_prepare(commands: Any) -> None:
+    text = "check a published or own problem set and store it for training and evaluation"
+    sub = commands.add_parser("prepare", help=text, description=text, allow_abbrev=False)
+    sub.add_argument("name", metavar="NAME", help="a published set (docs/data.md), or a new name")
+    sub.add_argument(
+        "--source", type=Path, nargs="+", required=True, help="its files, Parquet or JSON lines"
+    )
+    sub.add_argument("--data-directory", type=Path, default=Path("data"), help="where to (data)")
+    own = sub.add_argument_group("your own data", "columns of nested fields are written a.b")
+    own.add_argument("--prompt-column", help="a problem's text, or a list of {role, content}")
+    own.add_argument("--answer-column", help="the right answer")
+    own.add_argument("--id-column", default="", help="a unique id; default: the row's number")
+    own.add_argument("--answers", choices=tuple(KINDS), help="what they must parse as (text)")
+    own.add_argument("--distinct", action="store_true", help="keep the first of equal prompts")
+    sub.add_argument(
+        "--drop-bad-rows", action="store_true", help="leave out rows whose answer does not parse"
+    )
+    sub.add_argument(
+        "--allow-row-count", action="store_true", help="take another version of a published set"
+    )
+    sub.set_defaults(run=_prepare)
 
 
 def _positive(text: str) -> int:
@@ -168,6 +196,35 @@ def _train(config: Config, _: argparse.Namespace) -> None:
     figures = write_figures({_name(config): [rows]}, directory / "figures")
     print(run_report(rows, _name(config)))
     print("figures  " + "  ".join(str(path) for path in figures))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from occ_jax.data.prepare import find_set, prepare
+    from occ_jax.data.published import Layout
+
+    columns = (options.prompt_column, options.answer_column)
+    described = any((*columns, options.id_column, options.answers, options.distinct))
+    if described and not all(columns):
+        raise UserError("your own data needs both --prompt-column and --answer-column")
+    own = Layout(*columns, options.id_column) if described else None
+    kind = KINDS[options.answers if options.answers else "text"]
+    found = find_set(options.name, own, kind, distinct=options.distinct)
+    target, summary = prepare(
+        options.name,
+        found,
+        options.source,
+        options.data_directory,
+        allow_row_count=options.allow_row_count,
+        drop_bad_rows=options.drop_bad_rows,
+    )
+    print(f"{target}: {summary.problems:,} problems of {summary.rows:,} rows")
+    if summary.repeated:
+        print(
+            f"left out: {summary.repeated:,} rows that repeat a prompt, "
+            f"{summary.contradicted:,} of them with another answer"
+        )
+    if summary.bad:
+        print(f"left out: {summary.bad:,} rows whose answer does not parse")
 
 
 def _name(config: Config) -> str:
@@ -216,6 +273,7 @@ def _generate(config: Config, options: argparse.Namespace) -> None:
     if options.temperature < 0:
         raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
     model, tokenizer, params = _load(config, Path(options.checkpoint))
+    between = "\n\n" if config.dataset.name else ""
     for prompt, completion in generate(
         model,
         config,
@@ -224,7 +282,7 @@ def _generate(config: Config, options: argparse.Namespace) -> None:
         prompts=options.prompt,
         temperature=options.temperature,
     ):
-        print(f"{prompt}{completion}")
+        print(f"{prompt}{between}{completion}{between}")
 
 
 def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:

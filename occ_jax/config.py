@@ -86,7 +86,7 @@ class DatasetConfig:
     name: str = ""
     """The prepared set that is trained on, such as dapo_math_17k. Empty for the digit task."""
     evaluation: tuple[str, ...] = ()
-    """The prepared sets that are evaluated on, such as aime24 math_500."""
+    """The prepared sets that are evaluated on, such as aime24 math500."""
     directory: str = "data"
     """Where `run.py prepare` put them."""
     template: str = (

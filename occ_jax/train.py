@@ -26,7 +26,14 @@ from jax.sharding import Mesh
 from occ_jax import checkpoint
 from occ_jax.config import Config, computation, differences, from_dict, to_dict
 from occ_jax.data.examples import Prompt
-from occ_jax.data.pipeline import evaluation_prompts, iterate, prompt_columns, training_prompts
+from occ_jax.data.pipeline import (
+    TrainingPrompts,
+    drawn,
+    evaluation_prompts,
+    iterate,
+    prompt_columns,
+    training_prompts,
+)
 from occ_jax.data.tasks import completion_tokens, prompt_tokens
 from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
@@ -43,6 +50,7 @@ from occ_jax.warm_start import starting_params
 
 # Fields in which a run directory and the config that resumes it may differ.
 _MAY_CHANGE = {
+    "dataset.directory",
     "run.directory",
     "run.steps",
     "run.checkpoint_every",
@@ -66,6 +74,7 @@ class _Run(NamedTuple):
     model: Model
     mesh: Mesh
     tokenizer: Tokenizer
+    training: TrainingPrompts
     data: grain.DatasetIterator[list[Prompt]]
     evaluation: dict[str, list[Prompt]]
     reference: Params | None
@@ -100,9 +109,15 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     check_task_fits(config, tokenizer)
     mesh, model = make_mesh(config.mesh), Model(config.model)
     evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
-    data = _training_data(config, tokenizer)
+    training = training_prompts(config, tokenizer)
+    data = _share(config, training)
     directory = Path(config.run.directory)
     open_directory(directory, config)
+    if training.epoch is not None:
+        progress.say(
+            f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
+            f"over {config.rollout.max_prompt_tokens:,} tokens left out"
+        )
     begin = starting_params(config, model, mesh, tokenizer, progress.say)
     found = checkpoint.newest_intact(directory / "checkpoints", progress.say)
     manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
@@ -114,7 +129,7 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
         state = checkpoint.restore(manager, found, like, data)
     reference = begin["trunk"] if config.algorithm.kl_coefficient > 0 else None
     log = RunLog(directory, -1 if found is None else found)
-    run = _Run(config, model, mesh, tokenizer, data, evaluation, reference, manager, log)
+    run = _Run(config, model, mesh, tokenizer, training, data, evaluation, reference, manager, log)
     try:
         _steps(run, state, found, progress)
     finally:
@@ -125,11 +140,11 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def _training_data(config: Config, tokenizer: Tokenizer) -> grain.DatasetIterator[list[Prompt]]:
+def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[list[Prompt]]:
     """This process's share of the prompts of every step."""
     hosts = jax.process_count()
     return iterate(
-        training_prompts(config, tokenizer).prompts,
+        training.prompts,
         config.rollout.num_prompts // hosts,
         host=jax.process_index(),
         num_hosts=hosts,
@@ -142,7 +157,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
     skipped = 0
     watched: Row = {}
     if found is None:
-        watched = {"step": 0, **_evaluate(run, state, 0)}
+        watched = {"step": 0, **_evaluate(run, state, 0), **_data_figures(run)}
         run.log.write(watched)
     pending: _Pending | None = None
     with (
@@ -167,7 +182,10 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 show(step - 1, _figures(watched))
             state, updates = _update(run, state, experience.batches, step)
             pending = _Pending(
-                {"step": step, **experience.metrics}, updates, experience.samples, started
+                {"step": step, **experience.metrics, **_data_figures(run)},
+                updates,
+                experience.samples,
+                started,
             )
             last = step == total or bool(stop)
             if step % config.evaluate_every == 0 or step == total:
@@ -243,6 +261,17 @@ def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
         _key(state, step, _EVALUATION),
         num_samples=run.config.run.evaluation_samples,
     )
+
+
+def _data_figures(run: _Run) -> Row:
+    """How much of a prepared set there is, and how far through it the run has come."""
+    if run.training.epoch is None:
+        return {}
+    return {
+        "data/prompts": run.training.epoch,
+        "data/overlong_prompts": run.training.overlong,
+        "data/epoch": drawn(run.data) * jax.process_count() / run.training.epoch,
+    }
 
 
 def _key(state: TrainState, step: int, purpose: int) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -10,6 +11,7 @@ import numpy as np
 
 from occ_jax.config import Config, TaskConfig
 from occ_jax.data.examples import Example, Prompt, make_prompt
+from occ_jax.data.prepared import open_set
 from occ_jax.data.tasks import Split, completion_tokens, make_example, prompt_tokens
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
@@ -22,8 +24,8 @@ class TrainingPrompts(NamedTuple):
     """What a run trains on."""
 
     prompts: grain.MapDataset[Prompt]  # endless, in the order of training
-    epoch: int | None  # prompts until one comes again; None for a task, which makes new ones
-    overlong: int  # prompts left out for their length
+    epoch: int | None  # prompts until all have come; None for a task, which makes new ones
+    overlong: int  # prompts of the set left out for their length
 
 
 class TaskSource:
@@ -45,8 +47,49 @@ class TaskSource:
 
 
 def training_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
-    """The prompts of a run, in an order that `run.seed` decides."""
+    """The prompts of a run, in an order that `run.seed` decides.
+
+    Raises:
+        UserError: the prepared set is not there or damaged, or holds prompts too long for
+            `rollout.max_prompt_tokens` that `dataset.overlong` does not leave out.
+    """
+    if config.dataset.name:
+        return _set_prompts(config, tokenizer)
     return TrainingPrompts(task_prompts(config, tokenizer, config.run.seed), None, 0)
+
+
+def _set_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
+    """A prepared set: every prompt once an epoch, every epoch in an order of its own.
+
+    The whole set is templated and tokenised once to know its lengths, and again prompt by prompt
+    as training asks for them: seconds for tens of thousands, and only numbers stay in memory.
+    """
+    dataset = config.dataset
+    examples = open_set(Path(dataset.directory), dataset.name)
+    kept: list[int] = []
+    long: list[Prompt] = []
+    for index in range(examples.size):
+        prompt = make_prompt(config, tokenizer, examples.example(index))
+        if len(prompt.tokens) > prompt_columns(config):
+            long.append(prompt)
+        else:
+            kept.append(index)
+    if long and (dataset.overlong == "error" or not kept):
+        remedy = "dataset.overlong drop leaves them out" if kept else "no other is left"
+        raise UserError(
+            f"{_too_long(long[0], prompt_columns(config))}; of {examples.size:,} prompts "
+            f"{len(long):,} are too long, {remedy}"
+        )
+    order = grain.MapDataset.source(kept).seed(config.run.seed).shuffle().repeat()
+    prompts = order.map(lambda index: make_prompt(config, tokenizer, examples.example(index)))
+    return TrainingPrompts(prompts, len(kept), len(long))
+
+
+def _too_long(prompt: Prompt, width: int) -> str:
+    return (
+        f"prompt {prompt.example.id} of {prompt.example.source} has {len(prompt.tokens):,} tokens; "
+        f"rollout.max_prompt_tokens allows {width:,}"
+    )
 
 
 def task_prompts(config: Config, tokenizer: Tokenizer, stream: int) -> grain.MapDataset[Prompt]:
@@ -80,8 +123,31 @@ def iterate(
     return iter(mine.batch(batch_size, batch_fn=list))
 
 
+def drawn(batches: grain.DatasetIterator[list[Prompt]]) -> int:
+    """Prompts that an iterator of `iterate` has yielded since the run began."""
+    return int(batches.get_state()["next_index"])
+
+
 def evaluation_prompts(config: Config, tokenizer: Tokenizer, count: int) -> dict[str, list[Prompt]]:
-    """The first `count` prompts of each evaluation set by its name, the same for every run."""
+    """The first `count` prompts of each evaluation set by its name, the same for every run.
+
+    Raises:
+        UserError: a prepared set is not there or damaged, or one of its prompts is longer than
+            `rollout.max_prompt_tokens`: a benchmark without its long questions is another one.
+    """
+    directory = Path(config.dataset.directory)
+    if config.dataset.name:
+        sets = {name: open_set(directory, name) for name in config.dataset.evaluation}
+        found = {
+            name: [
+                make_prompt(config, tokenizer, examples.example(index))
+                for index in range(min(count, examples.size))
+            ]
+            for name, examples in sets.items()
+        }
+        for prompts in found.values():
+            _require_fit(prompts, prompt_columns(config))
+        return found
     return {
         config.task.name: [
             make_prompt(config, tokenizer, make_example(config.task, "evaluation", index))
@@ -108,13 +174,14 @@ def pad_prompts(
         UserError: a prompt is longer than P.
     """
     width = prompt_columns(config)
+    _require_fit(prompts, width)
+    return pad([prompt.tokens for prompt in prompts], width, tokenizer.pad_id, left=True)
+
+
+def _require_fit(prompts: Sequence[Prompt], width: int) -> None:
     for prompt in prompts:
         if len(prompt.tokens) > width:
-            raise UserError(
-                f"prompt {prompt.example.id} of {prompt.example.source} has {len(prompt.tokens)} "
-                f"tokens; rollout.max_prompt_tokens allows {width}"
-            )
-    return pad([prompt.tokens for prompt in prompts], width, tokenizer.pad_id, left=True)
+            raise UserError(_too_long(prompt, width))
 
 
 def encode_completions(
@@ -124,9 +191,19 @@ def encode_completions(
 
     Returns:
         int32 tokens [N, R'] and bool validity [N, R'], R' = `completion_tokens(config)`.
+
+    Raises:
+        UserError: the tokenizer needs more than a token a character.
     """
+    width = completion_tokens(config)
     rows = [[*tokenizer.encode(e.completion), tokenizer.eos_ids[0]] for e in examples]
-    return pad(rows, completion_tokens(config), tokenizer.pad_id, left=False)
+    for example, row in zip(examples, rows, strict=True):
+        if len(row) > width:
+            raise UserError(
+                f"the tokenizer of model.checkpoint spells {example.completion!r} in "
+                f"{len(row) - 1} tokens; task {config.name} needs one token a character or fewer"
+            )
+    return pad(rows, width, tokenizer.pad_id, left=False)
 
 
 def pad(

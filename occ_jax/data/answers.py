@@ -1,0 +1,93 @@
+"""Right answers as publishers write them, checked and brought to the form that verifiers read.
+
+Each function takes a value from a file to the answer's text, and raises ValueError, with what is
+wrong, where it is none of its kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# AIME answers are integers, yet one mirror of 2025 leaves the degree sign on an angle.
+_DEGREES = re.compile(r"\^\s*(\{\s*\\circ\s*\}|\\circ)$|°$")
+_BRACES = re.compile(r"\\.|[{}$]", re.DOTALL)
+
+
+def any_text(value: Any) -> str:
+    """The answer as it stands."""
+    text = str(value).strip()
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def number(value: Any) -> str:
+    """A decimal number; whole ones lose their fraction: "27.0" is "27"."""
+    text = _THOUSANDS.sub("", any_text(value))
+    try:
+        found = Decimal(text)
+    except InvalidOperation:
+        found = Decimal("nan")
+    # No problem's answer has more digits, and "1e999999999" would fill the memory.
+    if not found.is_finite() or abs(found.adjusted()) > 100:
+        raise ValueError("is no number")
+    whole = found == found.to_integral_value()
+    return str(int(found)) if whole else format(found.normalize(), "f")
+
+
+def integer(value: Any) -> str:
+    """A whole number, without leading zeros."""
+    text = number(value)
+    if not text.removeprefix("-").isdigit():
+        raise ValueError("is no integer")
+    return text
+
+
+def aime(value: Any) -> str:
+    """An integer from 0 to 999."""
+    text = integer(_DEGREES.sub("", any_text(value)))
+    if not 0 <= int(text) <= 999:
+        raise ValueError("is no integer from 0 to 999")
+    return text
+
+
+def gsm8k(value: Any) -> str:
+    """The number after the "####" that ends a worked solution."""
+    _, mark, last = any_text(value).rpartition("####")
+    if not mark:
+        raise ValueError('has no "####" before its last number')
+    return number(last)
+
+
+def latex(value: Any) -> str:
+    """An expression, or a list of several; dollars around the whole of it are dropped."""
+    parts = value if isinstance(value, list) else [value]
+    if not parts:
+        raise ValueError("is an empty list")
+    return ", ".join(_expression(any_text(part)) for part in parts)
+
+
+def _expression(text: str) -> str:
+    depth = dollars = 0
+    for token in _BRACES.findall(text):
+        depth += {"{": 1, "}": -1}.get(token, 0)
+        dollars += token == "$"
+        if depth < 0:
+            break
+    if depth != 0 or dollars % 2:
+        raise ValueError("has unbalanced braces or dollars")
+    whole = dollars == 2 and text.startswith("$") and text.endswith("$")
+    return any_text(text[1:-1]) if whole else text
+
+
+KINDS: dict[str, Callable[[Any], str]] = {
+    "text": any_text,
+    "number": number,
+    "integer": integer,
+    "latex": latex,
+}
+"""What a user's own answers can be declared to be."""

@@ -1,0 +1,74 @@
+"""The TFDS builder of problem sets. Importing it imports TFDS, which writing alone needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from occ_jax.data.examples import Example
+from occ_jax.data.prepared import SPLIT, VERSION
+
+
+class _ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Problems in the order given, as records of text."""
+
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(
+        self, name: str, examples: Sequence[Example], files: Sequence[str], **options: Any
+    ) -> None:
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (of the class, elsewhere)
+        self._examples = examples
+        self._files = list(files)
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{len(self._examples)} problems with answers that can be verified",
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": text,
+                    "problem": text,  # empty where the publisher ships whole messages
+                    "messages": tfds.features.Sequence({"role": text, "content": text}),
+                    "answer": text,
+                }
+            ),
+            metadata=tfds.core.MetadataDict({"files": self._files}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, example in enumerate(self._examples):
+            record = {"id": example.id, "problem": "", "messages": [], "answer": example.answer}
+            if isinstance(example.prompt, str):
+                record["problem"] = example.prompt
+            else:
+                record["messages"] = [turn._asdict() for turn in example.prompt]
+            yield index, record
+
+
+def write_set(
+    directory: Path, name: str, examples: Sequence[Example], files: Sequence[str]
+) -> None:
+    """Writes a set as array records under `directory`/`name`, whole or not at all.
+
+    Array records, as TFDS's Parquet writer loses rows without a word.
+    """
+    tfds.disable_progress_bar()
+    directory.mkdir(parents=True, exist_ok=True)
+    builder = _ProblemSet(
+        name, examples, files, data_dir=str(directory), file_format="array_record"
+    )
+    with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_dir=nowhere)

@@ -1,0 +1,80 @@
+"""Prepared sets as random-access examples; writing them is `occ_jax.data.prepare`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from occ_jax.data.chat import Message
+from occ_jax.data.examples import Example
+from occ_jax.errors import UserError
+
+VERSION = "1.0.0"  # of the records' schema
+SPLIT = "problems"
+
+
+def set_directory(directory: Path, name: str) -> Path:
+    """Where a prepared set lies."""
+    return directory / name / VERSION
+
+
+class PreparedSet(NamedTuple):
+    """Random access to a set."""
+
+    size: int
+    example: Callable[[int], Example]  # by its place in the publisher's order
+
+
+def open_set(directory: Path, name: str) -> PreparedSet:
+    """A set that `run.py prepare` has written.
+
+    Raises:
+        UserError: it is not there, or damaged; of a single record, when that is read.
+    """
+    path = set_directory(directory, name)
+    if not (path / "dataset_info.json").is_file():
+        there = sorted(p.parent.parent.name for p in directory.glob(f"*/{VERSION}/features.json"))
+        raise UserError(
+            f"no set {name} in {directory} (there: {', '.join(there) if there else 'none'}); "
+            f"python run.py prepare {name} --source FILE --data-directory {directory}"
+        )
+    import tensorflow_datasets as tfds
+
+    open_builder: Any = tfds.builder_from_directory  # decorated in a way that hides its type
+    with _undamaged(path):
+        source = open_builder(path).as_data_source(SPLIT)
+
+    def example(index: int) -> Example:
+        with _undamaged(path):
+            return _example(name, source[index])
+
+    return PreparedSet(len(source), example)
+
+
+@contextmanager
+def _undamaged(path: Path) -> Generator[None]:
+    """Whatever readers of damaged files raise, as one line that names the set."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} is damaged; delete it and prepare the set anew ({reason})"
+        ) from error
+
+
+def _example(name: str, record: dict[str, Any]) -> Example:
+    problem = record["problem"].decode()
+    messages = record["messages"]
+    turns = tuple(
+        Message(role.decode(), content.decode())
+        for role, content in zip(messages["role"], messages["content"], strict=True)
+    )
+    return Example(
+        prompt=problem if problem else turns,
+        answer=record["answer"].decode(),
+        source=name,
+        id=record["id"].decode(),
+    )
