@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from occ_jax.models import Model
     from occ_jax.types import Params
 
+# Fields of a model that its parameters do not depend on.
+_SAME_PARAMETERS = {"model.dtype", "model.remat", "model.logits_columns"}
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
 
 
@@ -301,16 +303,13 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
     owner = checkpoint.parent.parent
     if (owner / "config.json").exists():
         trained = load_config(owner)
-        changed = [name for name in differences(trained, config) if name.startswith("model.")]
+        changed = [
+            f"{name} is {old!r} there, {new!r} here"
+            for name, (old, new) in differences(trained, config).items()
+            if name.startswith("model.") and name not in _SAME_PARAMETERS
+        ]
         if changed:
-            raise UserError(
-                f"{checkpoint} is of another model: "
-                + ", ".join(
-                    f"{name} is {getattr(trained.model, name[6:])!r} there, "
-                    f"{getattr(config.model, name[6:])!r} here"
-                    for name in changed
-                )
-            )
+            raise UserError(f"{checkpoint} is of another model: {', '.join(changed)}")
     model, mesh = Model(config.model), make_mesh(config.mesh)
     like = abstract_state(model, computation(config), mesh).params
     return model, tokenizer, restore_params(checkpoint, like)

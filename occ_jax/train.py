@@ -118,16 +118,18 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
             f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
             f"over {config.rollout.max_prompt_tokens:,} tokens left out"
         )
-    begin = starting_params(config, model, mesh, tokenizer, progress.say)
     found = checkpoint.newest_intact(directory / "checkpoints", progress.say)
     manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
+    like = abstract_state(model, computation(config), mesh)
+    reference: Params | None = None
+    if config.algorithm.kl_coefficient > 0:
+        reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
     if found is None:
+        begin = starting_params(config, model, mesh, tokenizer, progress.say)
         state = place_state(computation(config), begin, config.run.seed, mesh)
     else:
         progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
-        like = abstract_state(model, computation(config), mesh)
         state = checkpoint.restore(manager, found, like, data)
-    reference = begin["trunk"] if config.algorithm.kl_coefficient > 0 else None
     log = RunLog(directory, -1 if found is None else found)
     run = _Run(config, model, mesh, tokenizer, training, data, evaluation, reference, manager, log)
     try:
@@ -135,7 +137,7 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     finally:
         log.close()
         manager.close()
-    summary = _summary(config, begin, read_rows(directory / "metrics.jsonl"))
+    summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
     write_json(directory / "summary.json", summary)
     return summary
 
@@ -360,7 +362,7 @@ def _check_same_run(directory: Path, saved: Config, config: Config) -> None:
         )
 
 
-def _summary(config: Config, begin: Params, rows: list[Row]) -> dict[str, Any]:
+def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:
     evaluated = [row for row in rows if "val/accuracy" in row]
     before, after = (
         {k: v for k, v in row.items() if k.startswith("val/")}
@@ -373,7 +375,7 @@ def _summary(config: Config, begin: Params, rows: list[Row]) -> dict[str, Any]:
         "estimator": config.mtp.estimator if config.mtp.regime == "occ" else None,
         "seed": config.run.seed,
         "step": rows[-1]["step"],
-        "parameters": num_parameters(begin),
+        "parameters": num_parameters(params),
         "before": before,
         "after": after,
         "seconds_per_step": float(np.median(seconds)) if seconds else None,

@@ -91,6 +91,11 @@ def parameters(model=DENSE):
     return Model(model).init(jax.random.key(0))
 
 
+def copied(params, mesh):
+    """On the mesh, as parameters are when a run starts; `place_state` takes their buffers over."""
+    return jax.device_put(jax.tree.map(jnp.copy, params), state_shardings(mesh, params))
+
+
 @functools.cache
 def make_batch():
     """Left-padded prompts of 2 to 4 tokens, responses of 1 to 5."""
@@ -114,7 +119,7 @@ def two_updates(config):
     """Two updates, as the coefficient of some estimators is 0 in the first."""
     model, mesh = Model(config.model), make_mesh(config.mesh)
     step = jit_train_step(model, config, mesh, measure=True)
-    state, history = place_state(config, parameters(config.model), 0, mesh), []
+    state, history = place_state(config, copied(parameters(config.model), mesh), 0, mesh), []
     for _ in range(2):
         state, metrics = step(state, make_batch())
         history.append(metrics)
@@ -197,7 +202,7 @@ def test_every_micro_batch_is_spread_over_all_devices(monkeypatch):
     config = make_config((4, 1, 2), 2, modules=0, regime="detach")
     mesh = make_mesh(config.mesh)
     step = jit_train_step(Model(config.model), config, mesh, measure=True)
-    state = place_state(config, {"trunk": parameters()["trunk"], "mtp": {}}, 0, mesh)
+    state = place_state(config, {"trunk": copied(parameters()["trunk"], mesh), "mtp": {}}, 0, mesh)
     step.lower(state, make_batch()._replace(old_auxiliary_log_probs=None)).compile()
     assert seen == [(1, P + R - 1, 16)]
 
@@ -205,7 +210,7 @@ def test_every_micro_batch_is_spread_over_all_devices(monkeypatch):
 def test_the_abstract_state_is_the_placed_one_without_its_arrays():
     config = make_config((2, 2, 2))
     mesh = make_mesh(config.mesh)
-    state = place_state(config, parameters(), 0, mesh)
+    state = place_state(config, copied(parameters(), mesh), 0, mesh)
     abstract = abstract_state(Model(config.model), config, mesh)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):

@@ -92,6 +92,11 @@ def make_config(modules=K, micro_batches=1, tie=False, algorithm=(), optimizer=(
     )
 
 
+def copied(params, mesh):
+    """On the mesh, as parameters are when a run starts; `place_state` takes their buffers over."""
+    return jax.device_put(jax.tree.map(jnp.copy, params), state_shardings(mesh, params))
+
+
 # --- the oracle -----------------------------------------------------------------------------------
 
 
@@ -786,7 +791,7 @@ def test_compiled_and_eager_updates_agree(measure):
     config, mesh, steps = compiled_steps()
     state = with_coefficient(start(config), [0.4])
     want, want_metrics = update(config, make_batch(1), state, measure)
-    placed = place_state(config, parameters(1), 0, mesh)
+    placed = place_state(config, copied(parameters(1), mesh), 0, mesh)
     placed = jax.device_put(with_coefficient(placed, [0.4]), state_shardings(mesh, placed))
     got, metrics = steps[not measure](placed, make_batch(1))
     assert_close(got.params, want.params, rtol=1e-6)
@@ -802,7 +807,7 @@ def test_updates_are_repeatable_to_the_bit_and_compile_once_a_kind():
     config, mesh, steps = compiled_steps()
     ends = []
     for _ in range(2):
-        state = place_state(config, parameters(1), 0, mesh)
+        state = place_state(config, copied(parameters(1), mesh), 0, mesh)
         for t in range(4):
             before = state
             state, _ = steps[t % 2](state, make_batch(1))

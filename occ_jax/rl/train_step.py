@@ -56,11 +56,15 @@ def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
 
 
 def place_state(config: Config, params: Params, seed: int, mesh: Mesh) -> TrainState:
-    """`init_state` on a mesh, every leaf in a buffer of its own, so that it can be donated."""
+    """`init_state` on a mesh, every leaf in a buffer of its own, so that it can be donated.
+
+    `params` are donated: where they lie on the mesh already they are not copied.
+    """
     shapes = jax.eval_shape(lambda p: init_state(config, p, seed), params)
     place = jax.jit(
-        lambda p: init_state(config, jax.tree.map(jnp.copy, p), seed),
+        lambda p: init_state(config, p, seed),
         out_shardings=state_shardings(mesh, shapes),
+        donate_argnums=0,
     )
     return place(params)
 
