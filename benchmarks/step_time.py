@@ -78,6 +78,7 @@ def random_batch(config: Config) -> Batch:
         old_log_probs=-6.0 + 0.1 * jax.random.normal(keys[1], shape),
         old_auxiliary_log_probs=-6.0 + 0.1 * jax.random.normal(keys[2], (1, *shape)),
         reference_log_probs=None,
+        weights=None,
         advantages=jax.random.normal(keys[3], (_ROWS,)),
     )
 

@@ -446,6 +446,9 @@ class AlgorithmConfig:
     overlong_buffer_tokens: int = 0
     """Length of the soft punishment before rollout.max_new_tokens; 0 for none (DAPO)."""
     overlong_penalty: float = 1.0
+    rollout_correction_cap: float | None = None
+    """Largest importance weight from sampler to trainer, on every token's policy loss; None: no
+    weights. For rollout.old_log_probs trainer, where the two may differ."""
     updates_per_rollout: int = 4
     """Mini-batches one rollout is split in, by prompt."""
     micro_batches: int = 1
@@ -463,6 +466,8 @@ class AlgorithmConfig:
             *("overlong_buffer_tokens", "overlong_penalty"),
         )
         _require_positive("algorithm", self, "updates_per_rollout", "micro_batches")
+        if self.rollout_correction_cap is not None:
+            _require_positive("algorithm", self, "rollout_correction_cap")
         if self.dual_clip is not None:
             _require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "above 1")
             _require(
@@ -658,6 +663,13 @@ class Config:
             updates,
             "2 or more with mtp.estimator log_prob (the first update after a rollout has "
             "theta = theta_old and measures nothing)",
+        )
+        _require(
+            self.algorithm.rollout_correction_cap is None
+            or self.rollout.old_log_probs == "trainer",
+            "algorithm.rollout_correction_cap",
+            self.algorithm.rollout_correction_cap,
+            "None with rollout.old_log_probs sampler, whose weights are all 1",
         )
         _require(
             self.algorithm.overlong_buffer_tokens <= self.rollout.max_new_tokens,

@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     old_log_probs: Float[Array, "B R"]
     old_auxiliary_log_probs: Float[Array, "K B R"] | None
     reference_log_probs: Float[Array, "B R"] | None  # None without a KL penalty
+    weights: Float[Array, "B R"] | None  # of each token's policy losses; None for ones
     advantages: Float[Array, " B"]
 
 

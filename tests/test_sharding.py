@@ -111,6 +111,7 @@ def make_batch():
         old_log_probs=jnp.asarray(old[0]),
         old_auxiliary_log_probs=jnp.asarray(old[1:]),
         reference_log_probs=None,
+        weights=None,
         advantages=jnp.asarray(random.normal(size=B), jnp.float32),
     )
 

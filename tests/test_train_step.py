@@ -292,6 +292,7 @@ def make_batch(modules=K, reference=False, padding=1.5, pad_token=0, **replaced)
             if reference
             else None
         ),
+        weights=None,
         advantages=jnp.asarray(data.advantages),
     )
     return batch._replace(**replaced)
@@ -638,6 +639,21 @@ def test_released_folds_its_coefficient_into_the_advantage():
     difference = jax.tree.map(jnp.subtract, want.h_policy[k], outside)
     assert norm(difference) > 0.1 * norm(outside)
     assert_same_bits(calibration(state), calibration(start(config)))  # no memory
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy_loss", ["clipped", "cispo", "gspo"])
+def test_token_weights_multiply_the_policy_losses_of_every_head(policy_loss):
+    aggregation = "seq-mean-token-mean" if policy_loss == "gspo" else "token-mean"
+    algorithm = {"policy_loss": policy_loss, "aggregation": aggregation}
+    config = make_config(regime="policy", coefficient=0.7, algorithm=algorithm)
+    plain, _ = update(config, make_batch())
+    half, _ = update(config, make_batch(weights=jnp.full((B, R), 0.5)))
+    assert_close(emitted(half), jax.tree.map(lambda x: 0.5 * x, emitted(plain)))
+    # The cross-entropy that trains the modules is none of them.
+    assert_same_bits(half.params["mtp"], plain.params["mtp"])
 
 
 # --- micro-batches --------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ def policy_loss(
     old_log_probs: Float[Array, "B R"],
     advantages: Float[Array, " B"],
     mask: Bool[Array, "B R"],
+    weights: Float[Array, "B R"] | None,
 ) -> Loss:
     """The configured policy loss, for the main head and the modules alike."""
     low, high, aggregation = algorithm.clip_low, algorithm.clip_high, algorithm.aggregation
@@ -91,10 +92,17 @@ def policy_loss(
                 clip_high=high,
                 dual_clip=algorithm.dual_clip,
                 aggregation=aggregation,
+                weights=weights,
             )
         case "gspo":
             return gspo_loss(
-                log_probs, old_log_probs, advantages, mask, clip_low=low, clip_high=high
+                log_probs,
+                old_log_probs,
+                advantages,
+                mask,
+                clip_low=low,
+                clip_high=high,
+                weights=weights,
             )
         case "cispo":
             return cispo_loss(
@@ -105,6 +113,7 @@ def policy_loss(
                 clip_low=low,
                 clip_high=high,
                 aggregation=aggregation,
+                weights=weights,
             )
 
 
@@ -122,7 +131,8 @@ def main_loss(
     hidden, targets = hidden[:, -response:], batch.tokens[:, -response:]
     scores = score_tokens(model, theta, hidden, targets, config.rollout.temperature)
     log_probs, entropies, _ = scores
-    loss = policy_loss(algorithm, log_probs, batch.old_log_probs, batch.advantages, mask)
+    old, weights = batch.old_log_probs, batch.weights
+    loss = policy_loss(algorithm, log_probs, old, batch.advantages, mask, weights)
     total, metrics = loss.sum, dict(loss.metrics)
     metrics["entropy"] = jnp.sum(jnp.where(mask, entropies, 0.0))
     if algorithm.entropy_coefficient > 0:
@@ -267,7 +277,12 @@ def _policy_losses(
     old = _old_auxiliary_log_probs(config, batch)
     return [
         policy_loss(
-            config.algorithm, log_probs[k], old[k], batch.advantages * coefficient[k], masks[k]
+            config.algorithm,
+            log_probs[k],
+            old[k],
+            batch.advantages * coefficient[k],
+            masks[k],
+            batch.weights,
         ).sum
         for k in range(len(log_probs))
     ]

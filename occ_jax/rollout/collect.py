@@ -27,6 +27,7 @@ from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.rewards.exact_match import exact_match
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
+from occ_jax.rl.losses import rollout_correction
 from occ_jax.rollout.sampler import sample
 from occ_jax.sharding import row_shardings, rows
 from occ_jax.types import Batch, Params, Rollout, map_rows
@@ -203,6 +204,9 @@ def _splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Ba
         old, auxiliary = piece.log_probs, piece.auxiliary_log_probs
         if rescore:
             old, auxiliary = _score(model, params, piece, temperature, _scores_modules(config))
+        cap, weights = config.algorithm.rollout_correction_cap, None
+        if cap is not None:
+            weights = rollout_correction(old, piece.log_probs, cap=cap)
         reference_log_probs = None
         if reference is not None:
             reference_log_probs, _ = _score(model, {"trunk": reference}, piece, temperature, False)
@@ -213,6 +217,7 @@ def _splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Ba
             old_log_probs=old,
             old_auxiliary_log_probs=auxiliary,
             reference_log_probs=reference_log_probs,
+            weights=weights,
             advantages=advantages,
         )
 
