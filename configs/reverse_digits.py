@@ -13,7 +13,7 @@ from occ_jax.config import Config, RolloutConfig, RunConfig, TaskConfig, WarmSta
 def get_config() -> Config:
     return Config(
         task=TaskConfig(name="reverse_digits", digits=6),
-        warm_start=WarmStartConfig(steps=70),
+        warm_start=WarmStartConfig(steps=70, seed=1),
         rollout=RolloutConfig(num_prompts=32, group_size=16, max_new_tokens=8),
         run=RunConfig(
             directory="runs/reverse_digits", steps=300, evaluate_every=25, checkpoint_every=50

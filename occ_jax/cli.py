@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
+import json
 import re
 import runpy
 import sys
@@ -17,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from occ_jax.config import Config, differences
+from occ_jax.config import Config, ModelConfig, differences
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
 from occ_jax.runtime import keep_freed_memory
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from occ_jax.models import Model
     from occ_jax.types import Params
 
+# Fields of a model that a checkpoint does not decide.
+_FREE = ("param_dtype", "dtype", "scan_layers", "remat", "logits_columns")
 # Fields of a model that its parameters do not depend on.
 _SAME_PARAMETERS = {"model.dtype", "model.remat", "model.logits_columns"}
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
@@ -80,6 +84,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     config = get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} returns no occ_jax.config.Config")
+    config = _of_checkpoint(config, overrides)
     import tyro
 
     captured = io.StringIO()
@@ -97,7 +102,48 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if not stop.code:
             raise
         raise UserError(_one_line(captured.getvalue())) from None
+    _check_against_checkpoint(config.model)
     return config
+
+
+def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with the architecture of the checkpoint that it or the command line names."""
+    directory, name = config.model.checkpoint, "--model.checkpoint"
+    for position, argument in enumerate(overrides):
+        if argument.startswith(f"{name}="):
+            directory = argument.removeprefix(f"{name}=")
+        elif argument == name:
+            directory = "".join(overrides[position + 1 : position + 2])
+    if not directory:
+        return config
+    from occ_jax.models.huggingface import read_config
+
+    model = config.model
+    found = read_config(directory, **{field: getattr(model, field) for field in _FREE})
+    if found.num_mtp_modules == 0:
+        # Whether that will do is known after the overrides.
+        found = dataclasses.replace(found, num_mtp_modules=model.num_mtp_modules)
+    return dataclasses.replace(config, model=found)
+
+
+def _check_against_checkpoint(model: ModelConfig) -> None:
+    """Refuses overrides of what the checkpoint decides."""
+    if not model.checkpoint:
+        return
+    from occ_jax.models.huggingface import read_config
+
+    decided = read_config(
+        model.checkpoint,
+        num_mtp_modules=model.num_mtp_modules,
+        mtp_trunk_hidden=model.mtp_trunk_hidden,
+        **{field: getattr(model, field) for field in _FREE},
+    )
+    for field in dataclasses.fields(ModelConfig):
+        wanted, there = getattr(model, field.name), getattr(decided, field.name)
+        if wanted != there:
+            raise UserError(
+                f"model.{field.name} is {wanted!r}; the checkpoint {model.checkpoint} has {there!r}"
+            )
 
 
 def _one_line(boxed: str) -> str:
@@ -137,7 +183,9 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     generate = add("generate", _generate, "prompts in, completions out")
     for sub in (evaluate, generate):
         sub.add_argument(
-            "--checkpoint", required=True, help="a run directory, or one of its checkpoints/<step>"
+            "--checkpoint",
+            required=True,
+            help="a run directory, one of its checkpoints/<step>, or a Hugging Face directory",
         )
     evaluate.add_argument("--prompts", type=_positive, default=1024, help="questions (1024)")
     evaluate.add_argument("--samples", type=_positive, default=16, help="completions each (16)")
@@ -150,6 +198,9 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     )
     _add_prepare(commands)
     options, rest = parser.parse_known_args(arguments)
+    checkpoint = getattr(options, "checkpoint", None)
+    if checkpoint and is_pretrained(Path(checkpoint)):
+        rest = ["--model.checkpoint", checkpoint, *rest]
     if "config" in options:
         return functools.partial(options.run, load_config(options.config, rest), options)
     if rest:
@@ -178,6 +229,14 @@ def _add_prepare(commands: Any) -> None:
         "--allow-row-count", action="store_true", help="take another version of a published set"
     )
     sub.set_defaults(run=_prepare)
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether this is a Hugging Face directory, and not a run, whose config.json is another."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _positive(text: str) -> int:
@@ -292,13 +351,16 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
     from occ_jax.checkpoint import find_checkpoint, restore_params
     from occ_jax.config import computation
     from occ_jax.data.tokenizer import model_tokenizer
-    from occ_jax.models import Model
+    from occ_jax.models import Model, load_pretrained
     from occ_jax.rl.train_step import abstract_state
     from occ_jax.sharding import make_mesh
     from occ_jax.train import check_task_fits, load_config
 
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
+    if is_pretrained(path):
+        model, params = load_pretrained(path, config=config.model, mesh=make_mesh(config.mesh))
+        return model, tokenizer, params
     checkpoint = find_checkpoint(path)
     owner = checkpoint.parent.parent
     if (owner / "config.json").exists():

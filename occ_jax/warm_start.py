@@ -1,8 +1,8 @@
-"""The starting policy: a short supervised warm-up on right completions, kept on disk.
+"""The starting policy: a checkpoint's, or random parameters, after a supervised warm-up if any.
 
-Next-token cross-entropy plus the modules' cross-entropy, both on completion tokens only. A finished
-warm-up is found again by what determines it (model, task, warm-up), so regimes and seeds start from
-the same parameters.
+The warm-up is short: next-token cross-entropy plus the modules' cross-entropy, both on tokens of
+right completions only. A finished one is kept on disk and found again by what determines it (model,
+task, warm-up), so regimes and seeds start from the same parameters.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from occ_jax.checkpoint import restore_params, save_params
 from occ_jax.config import Config
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
 from occ_jax.data.tokenizer import Tokenizer
+from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -70,8 +71,12 @@ def starting_params(
     if config.warm_start.steps > 0 and directory.is_dir():
         tell(f"starting policy: {directory}")
         return restore_params(directory, like)
-    init = jax.jit(model.init, out_shardings=shardings)
-    params = init(jax.random.key(config.warm_start.seed))
+    if config.model.checkpoint:
+        tell(f"starting policy: {config.model.checkpoint}")
+        _, params = load_pretrained(config.model.checkpoint, config=config.model, mesh=mesh)
+    else:
+        init = jax.jit(model.init, out_shardings=shardings)
+        params = init(jax.random.key(config.warm_start.seed))
     if config.warm_start.steps == 0:
         return params
     tell(f"starting policy: {config.warm_start.steps} supervised steps")
