@@ -90,14 +90,16 @@ def restore(
     )
 
 
-def save_params(directory: Path, params: Params) -> None:
-    """Writes parameters alone, atomically, as item "params" of a checkpoint."""
+def save_params(directory: Path, params: Params, about: dict[str, Any] | None = None) -> None:
+    """Writes parameters alone as item "params" of a checkpoint, and JSON files beside it."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             directory.absolute(),
             args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
             force=True,
         )
+    for name, value in (about or {}).items():
+        write_json(directory / name, value)
     _close(directory)
 
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import json
 import re
 import runpy
 import sys
@@ -197,9 +196,10 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
     )
     _add_prepare(commands)
+    _add_convert(commands)
     options, rest = parser.parse_known_args(arguments)
     checkpoint = getattr(options, "checkpoint", None)
-    if checkpoint and is_pretrained(Path(checkpoint)):
+    if checkpoint and _is_pretrained(checkpoint):
         rest = ["--model.checkpoint", checkpoint, *rest]
     if "config" in options:
         return functools.partial(options.run, load_config(options.config, rest), options)
@@ -231,12 +231,10 @@ def _add_prepare(commands: Any) -> None:
     sub.set_defaults(run=_prepare)
 
 
-def is_pretrained(path: Path) -> bool:
-    """Whether this is a Hugging Face directory, and not a run, whose config.json is another."""
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
+def _is_pretrained(directory: str) -> bool:
+    from occ_jax.models.huggingface.files import is_pretrained
+
+    return is_pretrained(Path(directory))
 
 
 def _positive(text: str) -> int:
@@ -257,6 +255,26 @@ def _train(config: Config, _: argparse.Namespace) -> None:
     figures = write_figures({_name(config): [rows]}, directory / "figures")
     print(run_report(rows, _name(config)))
     print("figures  " + "  ".join(str(path) for path in figures))
+
+
+def _add_convert(commands: Any) -> None:
+    text = "a Hugging Face directory to an orbax checkpoint, or a run or checkpoint back to one"
+    sub = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
+    sub.add_argument("source", metavar="SOURCE", type=Path, help="what there is; decides which way")
+    sub.add_argument("target", metavar="TARGET", type=Path, help="a new directory")
+    sub.add_argument(
+        "--dtype",
+        choices=("source", "bfloat16", "float32"),
+        default="source",
+        help="of the stored tensors (source: as published)",
+    )
+    sub.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from occ_jax.convert import convert
+
+    print(convert(options.source, options.target, dtype=options.dtype))
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -358,7 +376,7 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
 
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
-    if is_pretrained(path):
+    if _is_pretrained(str(path)):
         model, params = load_pretrained(path, config=config.model, mesh=make_mesh(config.mesh))
         return model, tokenizer, params
     checkpoint = find_checkpoint(path)

@@ -244,6 +244,8 @@ class MoEConfig:
     """Experts are chosen among those of this many groups (node-limited routing); sigmoid only."""
     first_dense_layers: int = 0
     """Layers before the first mixture-of-experts layer."""
+    dense_layers: tuple[int, ...] = ()
+    """Numbers of further layers without experts (Qwen3-Next's config allows them)."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -365,12 +367,19 @@ class ModelConfig:
         _require_choice("model", self, "param_dtype", DType)
         _require_choice("model", self, "dtype", DType)
         _require_choice("model", self, "remat", Literal["none", "dots", "full"])
-        _require(
-            self.moe is None or self.moe.first_dense_layers <= self.num_layers,
-            "model.moe.first_dense_layers",
-            self.moe and self.moe.first_dense_layers,
-            f"at most model.num_layers ({self.num_layers})",
-        )
+        if self.moe is not None:
+            _require(
+                self.moe.first_dense_layers <= self.num_layers,
+                "model.moe.first_dense_layers",
+                self.moe.first_dense_layers,
+                f"at most model.num_layers ({self.num_layers})",
+            )
+            _require(
+                all(0 <= number < self.num_layers for number in self.moe.dense_layers),
+                "model.moe.dense_layers",
+                self.moe.dense_layers,
+                f"numbers of layers, below model.num_layers ({self.num_layers})",
+            )
 
 
 @dataclass(frozen=True)
@@ -713,6 +722,11 @@ def from_dict(values: dict[str, Any]) -> Config:
         UserError: for a field that does not exist or a value that is not allowed.
     """
     return _build(Config, values, "")
+
+
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """`from_dict` for the section of the model alone."""
+    return _build(ModelConfig, values, "model.")
 
 
 def _build(kind: type[_T], values: dict[str, Any], path: str) -> _T:

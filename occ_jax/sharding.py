@@ -101,6 +101,15 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     )
 
 
+def abstract(mesh: Mesh, shapes: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s with the sharding that every leaf is to have."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
 def rows(mesh: Mesh, dimension: int = 0) -> NamedSharding:
     """Rows of a batch, in the given dimension, over the data and fsdp axes."""
     return NamedSharding(mesh, P(*[None] * dimension, ROWS))

@@ -36,7 +36,7 @@ from occ_jax.models.scoring import (
     trunk_states,
 )
 from occ_jax.rl.losses import mean, negative_log_likelihood
-from occ_jax.sharding import state_shardings
+from occ_jax.sharding import abstract, state_shardings
 from occ_jax.types import Params
 
 # Training prompts of the warm-up come from a stream that no run's seed names.
@@ -60,13 +60,7 @@ def starting_params(
         report: receives one line about what was done, for people.
     """
     tell = report or (lambda _: None)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = state_shardings(mesh, shapes)
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    like = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     directory = cache_path(config)
     if config.warm_start.steps > 0 and directory.is_dir():
         tell(f"starting policy: {directory}")
@@ -75,7 +69,7 @@ def starting_params(
         tell(f"starting policy: {config.model.checkpoint}")
         _, params = load_pretrained(config.model.checkpoint, config=config.model, mesh=mesh)
     else:
-        init = jax.jit(model.init, out_shardings=shardings)
+        init = jax.jit(model.init, out_shardings=state_shardings(mesh, like))
         params = init(jax.random.key(config.warm_start.seed))
     if config.warm_start.steps == 0:
         return params

@@ -89,7 +89,7 @@ def layer_kinds(config: ModelConfig) -> list[LayerKind]:
     kinds: list[LayerKind] = []
     for number in range(config.num_layers):
         full = net is None or (number + 1) % net.full_attention_interval == 0
-        dense = moe is None or number < moe.first_dense_layers
+        dense = moe is None or number < moe.first_dense_layers or number in moe.dense_layers
         kinds.append(LayerKind(attention if full else "delta_net", "dense" if dense else "moe"))
     return kinds
 

@@ -29,7 +29,7 @@ from occ_jax.estimators import cross_batch_statistics
 from occ_jax.models.model import Model
 from occ_jax.rl.gradients import Gradients, apart, mini_batch_gradients
 from occ_jax.rl.optimizer import current_coefficient, learning_rate_schedule, make_optimizer
-from occ_jax.sharding import replicated, row_shardings, state_shardings
+from occ_jax.sharding import abstract, replicated, row_shardings, state_shardings
 from occ_jax.types import Batch, Params, TrainState
 
 Metrics = dict[str, Array]
@@ -48,11 +48,7 @@ def init_state(config: Config, params: Params, seed: int) -> TrainState:
 def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda key: init_state(config, model.init(key), 0), jax.random.key(0))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(mesh, shapes),
-    )
+    return abstract(mesh, shapes)
 
 
 def place_state(config: Config, params: Params, seed: int, mesh: Mesh) -> TrainState:

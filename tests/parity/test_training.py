@@ -1,4 +1,4 @@
-"""A published checkpoint trained through the command line, handed back, and read by transformers."""
+"""A published checkpoint trained by the command line, handed back, and read by transformers."""
 
 from __future__ import annotations
 

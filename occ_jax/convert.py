@@ -1,0 +1,72 @@
+"""Between a Hugging Face directory and an orbax checkpoint, MTP modules included, both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from occ_jax.checkpoint import find_checkpoint, restore_params, save_params
+from occ_jax.config import DType, MeshConfig, ModelConfig, from_dict, model_from_dict
+from occ_jax.errors import UserError
+from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
+from occ_jax.models.huggingface.files import CONFIG, is_pretrained, read_json
+from occ_jax.models.huggingface.save import StoredDType, new_directory
+from occ_jax.models.model import num_parameters
+from occ_jax.sharding import abstract, make_mesh
+
+MODEL = "model.json"  # beside converted parameters: what they are of
+
+
+def convert(source: Path, target: Path, *, dtype: StoredDType = "source") -> str:
+    """Converts in the direction that `source` says.
+
+    Args:
+        source: a Hugging Face directory, a run directory or one of its checkpoints, or what this
+            function made of a Hugging Face directory.
+        target: a new directory: an orbax checkpoint, or a Hugging Face directory laid out as the
+            one the model came from.
+        dtype: of the parameters; "source" for the types of the published tensors, which in an
+            orbax checkpoint is float32, wide enough for all of them.
+
+    Returns:
+        One line about what was done.
+
+    Raises:
+        UserError: neither of the two, damaged, `target` is there already, or the model came from
+            no Hugging Face directory.
+    """
+    if is_pretrained(source):
+        return _to_orbax(source, target, "bfloat16" if dtype == "bfloat16" else "float32")
+    checkpoint = find_checkpoint(source)
+    config = _model_of(checkpoint)
+    if not config.checkpoint:
+        raise UserError(
+            f"{checkpoint} was trained from random parameters; only what came from a Hugging Face "
+            "directory has names and a layout to be written in"
+        )
+    model, mesh = Model(config), make_mesh(MeshConfig())
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = restore_params(checkpoint, abstract(mesh, shapes))
+    saved = save_pretrained(model, params, target, dtype=dtype)
+    return f"{target}: {saved.tensors:,} tensors, {saved.size:,} bytes, as in {config.checkpoint}"
+
+
+def _to_orbax(source: Path, target: Path, param_dtype: DType) -> str:
+    config = read_config(source.absolute(), param_dtype=param_dtype)
+    _, params = load_pretrained(source, config=config)
+    with new_directory(target) as directory:
+        save_params(directory, params, {MODEL: dataclasses.asdict(config)})
+    modules = f"{config.num_mtp_modules} MTP modules"
+    return f"{target}: {num_parameters(params):,} parameters in {param_dtype}, {modules}"
+
+
+def _model_of(checkpoint: Path) -> ModelConfig:
+    """The model of a run's checkpoint, or of converted parameters."""
+    if (checkpoint / MODEL).is_file():
+        return model_from_dict(read_json(checkpoint / MODEL))
+    run = checkpoint.parent.parent / CONFIG
+    if run.is_file():
+        return from_dict(read_json(run)).model
+    raise UserError(f"{checkpoint} has neither {MODEL} in it nor a run's {CONFIG} above it")

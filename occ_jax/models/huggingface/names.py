@@ -1,0 +1,328 @@
+"""Which published tensor holds which parameters: the plan that loading and saving both follow.
+
+A published tensor is one or more pieces of the parameter tree, each a set of its rows (its output
+dimension); the pieces of a tensor partition its rows, so a plan can be read in both directions.
+A family that is made of known parts takes a `Names`; a new part takes a generator of `_Part`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from occ_jax.config import ModelConfig, MoEConfig
+from occ_jax.models.transformer import LayerKind, mtp_kind, segments
+
+Layout = Literal["matrix", "plain", "convolution"]
+"""matrix: [..., out, in], which here is [..., in, out]; plain: as here; convolution: [channels, 1,
+width], which here is [width, channels]."""
+Rows = slice | np.ndarray
+LeafPath = tuple[str | int, ...]
+
+EVERY = slice(None)
+
+
+class Piece(NamedTuple):
+    """Some rows of a published tensor, as they lie in the parameter tree."""
+
+    path: LeafPath  # of the leaf
+    index: tuple[int, ...]  # in the leaf's leading axes: repeat, expert
+    rows: Rows
+
+
+class Stored(NamedTuple):
+    """A published tensor."""
+
+    name: str
+    layout: Layout
+    pieces: tuple[Piece, ...]
+    copy_of: str = ""
+    """Name of the tensor it repeats: it is checked on load and written on save."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """A family's spelling; {k} is an MTP module's number, {layer} that number plus all layers."""
+
+    trunk: str = "model."
+    """What stands before embed_tokens, layers and norm."""
+    module: str = ""
+    """What stands before a module's own norms and projection; "" for a family without modules."""
+    module_block: str = ""
+    """What stands before the tensors of a module's block."""
+    embed_norm: str = ""
+    hidden_norm: str = ""
+    projection: str = ""
+    final_norm: str = ""
+    module_embedding: str = ""
+    module_head: str = ""
+    """A module's copies of embedding and head, where the family stores them again."""
+    shared_expert: str = "shared_experts"
+    fused_delta_net: bool = False
+    """Whether the delta net's projections are stored as two, interleaved by key head."""
+    others: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
+    """Patterns of tensors that no model here holds."""
+
+
+class _Part(NamedTuple):
+    """A published tensor of a block: names and paths within the block."""
+
+    name: str
+    layout: Layout
+    pieces: tuple[tuple[str, Rows], ...]
+    expert: int | None = None
+
+
+def plan(
+    config: ModelConfig, names: Names, num_modules: int, present: Collection[str]
+) -> Iterator[Stored]:
+    """Every published tensor of a model, copies behind all that they repeat.
+
+    Args:
+        config: the model; `num_mtp_modules` says how many modules it holds.
+        names: the family's.
+        num_modules: modules in the checkpoint; the copies of all of them belong to the plan.
+        present: names of the checkpoint's tensors. Decides where experts come fused, and whether
+            there are copies: some exporters leave them out.
+    """
+    embedding = Stored(
+        f"{names.trunk}embed_tokens.weight", "plain", (_whole("trunk", "embed", "embedding"),)
+    )
+    head = Stored("lm_head.weight", "matrix", (_whole("trunk", "head", "kernel"),))
+    yield embedding
+    yield _norm(f"{names.trunk}norm", "trunk", "final_norm")
+    if not config.tie_embeddings:
+        yield head
+    for number, (path, repeat, kind) in enumerate(_layers(config)):
+        parts = _block(config, names, kind, f"{names.trunk}layers.{number}.", present)
+        yield from _placed(parts, f"{names.trunk}layers.{number}.", path, repeat)
+    for k in range(config.num_mtp_modules):
+        prefix, block = (
+            _module_prefix(config, text, k) for text in (names.module, names.module_block)
+        )
+        yield _norm(prefix + names.embed_norm, "mtp", k, "embed_norm")
+        yield _norm(prefix + names.hidden_norm, "mtp", k, "hidden_norm")
+        projection = (_whole("mtp", k, "projection", "kernel"),)
+        yield Stored(f"{prefix}{names.projection}.weight", "matrix", projection)
+        yield _norm(prefix + names.final_norm, "mtp", k, "final_norm")
+        parts = _block(config, names, mtp_kind(config), block, present)
+        yield from _placed(parts, block, ("mtp", k, "block"), None)
+    head_of = embedding if config.tie_embeddings else head
+    copies = [(head.name, head_of)] if config.tie_embeddings else []
+    for k in range(num_modules if names.module_head else 0):
+        prefix = _module_prefix(config, names.module, k)
+        copies += [
+            (f"{prefix}{names.module_embedding}.weight", embedding),
+            (f"{prefix}{names.module_head}.weight", head_of),
+        ]
+    for name, original in copies:
+        if name in present:
+            yield original._replace(name=name, copy_of=original.name)
+
+
+def left_out(config: ModelConfig, names: Names, num_modules: int) -> tuple[str, ...]:
+    """Prefixes of the tensors of modules that the checkpoint has and the model does not hold."""
+    return tuple(
+        _module_prefix(config, text, k)
+        for k in range(config.num_mtp_modules, num_modules)
+        for text in (names.module, names.module_block)
+    )
+
+
+def _module_prefix(config: ModelConfig, text: str, k: int) -> str:
+    return text.format(k=k, layer=config.num_layers + k)
+
+
+def _whole(*path: str | int) -> Piece:
+    return Piece(path, (), EVERY)
+
+
+def _norm(name: str, *path: str | int) -> Stored:
+    return Stored(f"{name}.weight", "plain", (_whole(*path, "scale"),))
+
+
+def _layers(config: ModelConfig) -> Iterator[tuple[LeafPath, int | None, LayerKind]]:
+    """Where every layer's parameters lie: path of its block, and its place in stacked leaves."""
+    for index, segment in enumerate(segments(config)):
+        for repeat in range(segment.repeats):
+            for place, kind in enumerate(segment.pattern):
+                at = repeat if segment.repeats > 1 else None
+                yield ("trunk", "layers", index, place), at, kind
+
+
+def _placed(
+    parts: Iterator[_Part], prefix: str, path: LeafPath, repeat: int | None
+) -> Iterator[Stored]:
+    """A block's tensors, put where the block is."""
+    for part in parts:
+        index = tuple(i for i in (repeat, part.expert) if i is not None)
+        pieces = (Piece((*path, *leaf.split("/")), index, rows) for leaf, rows in part.pieces)
+        yield Stored(prefix + part.name, part.layout, tuple(pieces))
+
+
+def _block(
+    config: ModelConfig, names: Names, kind: LayerKind, prefix: str, present: Collection[str]
+) -> Iterator[_Part]:
+    yield _plain("input_layernorm.weight", "mixer_norm/scale")
+    yield _plain("post_attention_layernorm.weight", "feed_forward_norm/scale")
+    match kind.mixer:
+        case "attention":
+            yield from _attention(config)
+        case "latent_attention":
+            yield from _latent_attention(config)
+        case "delta_net":
+            yield from _delta_net(config, names.fused_delta_net)
+    if kind.feed_forward == "dense":
+        yield from _swiglu("mlp", "feed_forward")
+    else:
+        assert config.moe is not None
+        fused = f"{prefix}mlp.experts.gate_up_proj" in present
+        yield from _experts(config.moe, fused)
+        yield from _router(config.moe, names.shared_expert)
+
+
+def _plain(name: str, leaf: str) -> _Part:
+    return _Part(name, "plain", ((leaf, EVERY),))
+
+
+def _linear(name: str, leaf: str) -> _Part:
+    return _Part(f"{name}.weight", "matrix", ((f"{leaf}/kernel", EVERY),))
+
+
+def _swiglu(name: str, leaf: str) -> Iterator[_Part]:
+    for part in ("gate", "up", "down"):
+        yield _linear(f"{name}.{part}_proj", f"{leaf}/{part}")
+
+
+def _attention(config: ModelConfig) -> Iterator[_Part]:
+    query: list[tuple[str, Rows]] = [("query", EVERY)]
+    if config.attention_gate:
+        # Per head: query, then gate.
+        by_head = _grid(config.num_heads, 2, config.head_dim)
+        query = [("query", by_head[:, 0].ravel()), ("gate", by_head[:, 1].ravel())]
+    projections: dict[str, list[tuple[str, Rows]]] = {
+        "q": query,
+        "k": [("key", EVERY)],
+        "v": [("value", EVERY)],
+    }
+    for short, pieces in projections.items():
+        kernels = tuple((f"mixer/{name}/kernel", rows) for name, rows in pieces)
+        yield _Part(f"self_attn.{short}_proj.weight", "matrix", kernels)
+        if config.qkv_bias:
+            biases = tuple((f"mixer/{name}/bias", rows) for name, rows in pieces)
+            yield _Part(f"self_attn.{short}_proj.bias", "plain", biases)
+    yield _linear("self_attn.o_proj", "mixer/output")
+    if config.qk_norm:
+        yield _plain("self_attn.q_norm.weight", "mixer/query_norm/scale")
+        yield _plain("self_attn.k_norm.weight", "mixer/key_norm/scale")
+
+
+def _latent_attention(config: ModelConfig) -> Iterator[_Part]:
+    latent = config.latent_attention
+    assert latent is not None
+    if latent.query_rank:
+        yield _linear("self_attn.q_a_proj", "mixer/query_down")
+        yield _plain("self_attn.q_a_layernorm.weight", "mixer/query_norm/scale")
+    yield _linear("self_attn.q_b_proj" if latent.query_rank else "self_attn.q_proj", "mixer/query")
+    compressed = (
+        ("mixer/latent_down/kernel", slice(0, latent.kv_rank)),
+        ("mixer/shared_key/kernel", slice(latent.kv_rank, latent.kv_rank + latent.rope_head_dim)),
+    )
+    yield _Part("self_attn.kv_a_proj_with_mqa.weight", "matrix", compressed)
+    yield _plain("self_attn.kv_a_layernorm.weight", "mixer/latent_norm/scale")
+    by_head = _grid(config.num_heads, latent.nope_head_dim + latent.value_head_dim)
+    expanded = (
+        ("mixer/key/kernel", by_head[:, : latent.nope_head_dim].ravel()),
+        ("mixer/value/kernel", by_head[:, latent.nope_head_dim :].ravel()),
+    )
+    yield _Part("self_attn.kv_b_proj.weight", "matrix", expanded)
+    yield _linear("self_attn.o_proj", "mixer/output")
+
+
+def _delta_net(config: ModelConfig, fused: bool) -> Iterator[_Part]:
+    net = config.delta_net
+    assert net is not None
+    if fused:
+        # Per key head: its query, its key, then values and gates of the value heads it serves.
+        shared = net.num_value_heads // net.num_key_heads
+        key, value = net.key_head_dim, shared * net.value_head_dim
+        by_head = _grid(net.num_key_heads, 2 * key + 2 * value)
+        parts = np.split(by_head, [key, 2 * key, 2 * key + value], axis=1)
+        qkv = np.concatenate([part.ravel() for part in parts[:3]])
+        pieces = (("mixer/qkv/kernel", qkv), ("mixer/gate/kernel", parts[3].ravel()))
+        yield _Part("linear_attn.in_proj_qkvz.weight", "matrix", pieces)
+        by_head = _grid(net.num_key_heads, 2, shared)
+        pieces = (
+            ("mixer/beta/kernel", by_head[:, 0].ravel()),
+            ("mixer/decay/kernel", by_head[:, 1].ravel()),
+        )
+        yield _Part("linear_attn.in_proj_ba.weight", "matrix", pieces)
+    else:
+        yield _linear("linear_attn.in_proj_qkv", "mixer/qkv")
+        yield _linear("linear_attn.in_proj_z", "mixer/gate")
+        yield _linear("linear_attn.in_proj_b", "mixer/beta")
+        yield _linear("linear_attn.in_proj_a", "mixer/decay")
+    convolution = (("mixer/convolution", EVERY),)
+    yield _Part("linear_attn.conv1d.weight", "convolution", convolution)
+    yield _plain("linear_attn.A_log", "mixer/log_rate")
+    yield _plain("linear_attn.dt_bias", "mixer/decay_bias")
+    yield _plain("linear_attn.norm.weight", "mixer/norm/scale")
+    yield _linear("linear_attn.out_proj", "mixer/output")
+
+
+def _experts(moe: MoEConfig, fused: bool) -> Iterator[_Part]:
+    leaf, width = "feed_forward/experts", moe.intermediate_size
+    if fused:
+        pair = (
+            (f"{leaf}/gate", slice(0, width)),
+            (f"{leaf}/up", slice(width, 2 * width)),
+        )
+        yield _Part("mlp.experts.gate_up_proj", "matrix", pair)
+        yield _Part("mlp.experts.down_proj", "matrix", ((f"{leaf}/down", EVERY),))
+        return
+    for expert in range(moe.num_experts):
+        for part in ("gate", "up", "down"):
+            name, pieces = f"mlp.experts.{expert}.{part}_proj.weight", ((f"{leaf}/{part}", EVERY),)
+            yield _Part(name, "matrix", pieces, expert)
+
+
+def _router(moe: MoEConfig, shared_expert: str) -> Iterator[_Part]:
+    yield _linear("mlp.gate", "feed_forward/router")
+    if moe.router == "sigmoid":
+        yield _plain("mlp.gate.e_score_correction_bias", "feed_forward/router/correction_bias")
+    if moe.shared_intermediate_size:
+        yield from _swiglu(f"mlp.{shared_expert}", "feed_forward/shared")
+    if moe.shared_gate:
+        yield _linear("mlp.shared_expert_gate", "feed_forward/shared_gate")
+
+
+def _grid(*shape: int) -> np.ndarray:
+    """Row numbers in order, by head."""
+    return np.arange(np.prod(shape)).reshape(shape)
+
+
+def leaf_at(tree: Any, path: LeafPath) -> Any:
+    """The leaf of a parameter tree."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def stored_shape(stored: Stored, leaf: Callable[[LeafPath], Any]) -> tuple[int, ...]:
+    """The shape a published tensor must have.
+
+    Args:
+        stored: of the plan.
+        leaf: gives the leaf of a path, or its shape as a `jax.ShapeDtypeStruct`.
+    """
+    inner = [leaf(piece.path).shape[len(piece.index) :] for piece in stored.pieces]
+    match stored.layout:
+        case "plain":
+            return (sum(shape[0] for shape in inner), *inner[0][1:])
+        case "matrix":
+            return (*inner[0][:-2], sum(shape[-1] for shape in inner), inner[0][-2])
+        case "convolution":
+            return (inner[0][1], 1, inner[0][0])

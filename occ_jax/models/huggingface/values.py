@@ -1,0 +1,128 @@
+"""config.json read key by key, and the keys that all families have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from occ_jax.config import YarnConfig
+from occ_jax.errors import UserError
+from occ_jax.models.huggingface.files import Json
+
+_T = TypeVar("_T")
+_REQUIRED: Any = object()
+_KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+}
+
+
+@dataclass(frozen=True)
+class Values:
+    """The keys of a config.json, or of an object in it; null counts as absent."""
+
+    path: Path
+    values: Json
+    inside: str = ""
+    """The object's name and a dot."""
+
+    def get(self, key: str, kind: type[_T], default: Any = _REQUIRED) -> _T:
+        """The value of a key.
+
+        Raises:
+            UserError: it is of another kind, or absent without a default.
+        """
+        value = self.values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise UserError(f"{self.path}: {self.inside}{key} is missing")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            allowed = _KINDS.get(kind, "a list" if kind is list else "an object")
+            raise self.refuse(key, value, allowed)
+        return cast("_T", value)
+
+    def only(self, key: str, allowed: object, default: object = _REQUIRED) -> None:
+        """Raises UserError unless the key, or its default, has the one value that is supported."""
+        value = self.values.get(key)
+        value = value if value is not None or default is _REQUIRED else default
+        if value != allowed:
+            raise self.refuse(key, value, f"{allowed!r}, all that is supported")
+
+    def refuse(self, key: str, value: object, allowed: str) -> UserError:
+        """The error about a key."""
+        return UserError(f"{self.path}: {self.inside}{key} is {value!r}; it must be {allowed}")
+
+    def part(self, key: str) -> Values:
+        """An object in the config; empty where it is absent."""
+        return Values(self.path, self.get(key, dict, {}), f"{self.inside}{key}.")
+
+
+def basics(values: Values, *, rope_fraction: float = 1.0) -> dict[str, Any]:
+    """What all families have in common."""
+    values.only("hidden_act", "silu", default="silu")
+    heads = values.get("num_attention_heads", int)
+    size = values.get("hidden_size", int)
+    return {
+        "hidden_size": size,
+        "num_layers": values.get("num_hidden_layers", int),
+        "num_heads": heads,
+        "num_kv_heads": values.get("num_key_value_heads", int, heads),
+        "head_dim": values.get("head_dim", int, size // max(heads, 1)),
+        "vocab_size": values.get("vocab_size", int),
+        "rms_norm_eps": values.get("rms_norm_eps", float),
+        "tie_embeddings": values.get("tie_word_embeddings", bool, False),
+        **_rope(values, rope_fraction),
+    }
+
+
+def _rope(values: Values, fraction: float) -> dict[str, Any]:
+    """Rotary positions, in the spelling of published files or of transformers 5."""
+    new, old = values.part("rope_parameters"), values.part("rope_scaling")
+    scaling = new if new.values else old
+    kind = scaling.get("rope_type", str, scaling.get("type", str, "default"))
+    if kind not in ("default", "yarn"):
+        key = "rope_type" if "rope_type" in scaling.values else "type"
+        raise scaling.refuse(key, kind, "'default' or 'yarn'")
+    fraction = values.get("partial_rotary_factor", float, fraction)
+    return {
+        "rope_theta": new.get("rope_theta", float, values.get("rope_theta", float, 10_000.0)),
+        "rope_fraction": new.get("partial_rotary_factor", float, fraction),
+        "yarn": _yarn(values, scaling) if kind == "yarn" else None,
+    }
+
+
+def _yarn(values: Values, scaling: Values) -> YarnConfig:
+    """YaRN; its two mscales are factors on sines and cosines and, in DeepSeek, on the softmax."""
+    factor = scaling.get("factor", float)
+    once = scaling.get("mscale", float, 0.0)
+    all_dimensions = scaling.get("mscale_all_dim", float, 0.0)
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    ratio = magnitude(1.0)
+    if once and all_dimensions:
+        ratio = magnitude(once) / magnitude(all_dimensions)
+    original = scaling.values.get("original_max_position_embeddings")
+    positions = (
+        values.get("max_position_embeddings", int)
+        if original is None
+        else int(scaling.get("original_max_position_embeddings", float))
+    )
+    return YarnConfig(
+        factor=factor,
+        original_max_positions=positions,
+        beta_fast=scaling.get("beta_fast", float, 32.0),
+        beta_slow=scaling.get("beta_slow", float, 1.0),
+        attention_factor=scaling.get("attention_factor", float, ratio),
+        # Used by latent attention alone, as in the published models.
+        softmax_factor=magnitude(all_dimensions) ** 2 if all_dimensions else 1.0,
+        truncate=scaling.get("truncate", bool, True),
+    )
