@@ -340,7 +340,6 @@ print(peak - before)
 
 @pytest.mark.slow
 def test_loading_holds_the_model_and_one_tensor_more(tmp_path):
-    # 60 layers of 12 tensors, stacked: 380 MB of parameters, the largest tensor 6 MB.
     directory = tmp_path / "big"
     shutil.copytree(
         GOLDEN / "qwen3_tied", directory, ignore=shutil.ignore_patterns("*.safetensors*")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,8 +34,6 @@ ONE_STEP = (
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    import jax
-
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -71,7 +71,7 @@ def test_a_step_of_training_is_in_the_saved_directory(family, regime, tmp_path):
     lengths = np.array([7, 5])
     theirs = reference.run(reference.load(saved), tokens, lengths, depth=2)
     model, params = load_pretrained(saved)
-    ours = model.apply(params, tokens, lengths, mtp_depth=2)
+    ours = model.apply(params, jnp.asarray(tokens), jnp.asarray(lengths), mtp_depth=2)
     for found, wanted in zip(
         (ours.logits, *ours.mtp_logits), (theirs.logits, *theirs.mtp_logits), strict=True
     ):
