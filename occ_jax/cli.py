@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from occ_jax.config import Config, ModelConfig, differences
+from occ_jax.config import Config, differences
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
 from occ_jax.runtime import keep_freed_memory
@@ -101,7 +101,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if not stop.code:
             raise
         raise UserError(_one_line(captured.getvalue())) from None
-    _check_against_checkpoint(config.model)
+    if config.model.checkpoint:
+        from occ_jax.models.huggingface.load import check_config
+
+        check_config(Path(config.model.checkpoint), config.model)
     return config
 
 
@@ -123,26 +126,6 @@ def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
         # Whether that will do is known after the overrides.
         found = dataclasses.replace(found, num_mtp_modules=model.num_mtp_modules)
     return dataclasses.replace(config, model=found)
-
-
-def _check_against_checkpoint(model: ModelConfig) -> None:
-    """Refuses overrides of what the checkpoint decides."""
-    if not model.checkpoint:
-        return
-    from occ_jax.models.huggingface import read_config
-
-    decided = read_config(
-        model.checkpoint,
-        num_mtp_modules=model.num_mtp_modules,
-        mtp_trunk_hidden=model.mtp_trunk_hidden,
-        **{field: getattr(model, field) for field in _FREE},
-    )
-    for field in dataclasses.fields(ModelConfig):
-        wanted, there = getattr(model, field.name), getattr(decided, field.name)
-        if wanted != there:
-            raise UserError(
-                f"model.{field.name} is {wanted!r}; the checkpoint {model.checkpoint} has {there!r}"
-            )
 
 
 def _one_line(boxed: str) -> str:

@@ -199,7 +199,7 @@ def test_a_step_of_training_from_a_checkpoint(tmp_path, capsys):
     # Resumed runs and evaluations want the same model; the checkpoint decides what it decides.
     capsys.readouterr()
     assert main(["train", config, *arguments, "--model.hidden-size", "64"]) == 2
-    assert "model.hidden_size is 64; the checkpoint" in capsys.readouterr().err
+    assert f"model.hidden_size is 64; {source / 'config.json'} says 32" in capsys.readouterr().err
     assert main(["train", config, *arguments, "--model.num-mtp-modules", "2"]) == 2
     assert "has 1 MTP modules" in capsys.readouterr().err
 

@@ -78,7 +78,7 @@ def load_pretrained(
         UserError: naming the file, and the tensor or key, that is missing, damaged, of the wrong
             shape or not supported.
     """
-    config = _checked(Path(directory), config)
+    config = check_config(Path(directory), config)
     layout = read_layout(config)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     return Model(config), _load(layout, mesh)
@@ -124,7 +124,7 @@ def read_layout(config: ModelConfig) -> Layout:
     return Layout(checkpoint, stored, carried, shapes)
 
 
-def _checked(directory: Path, config: ModelConfig | None) -> ModelConfig:
+def check_config(directory: Path, config: ModelConfig | None) -> ModelConfig:
     """`config`, or the directory's own; refused where it describes another model."""
     if config is None:
         return read_config(directory)
