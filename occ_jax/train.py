@@ -40,6 +40,7 @@ from occ_jax.errors import UserError
 from occ_jax.evaluate import evaluate_sets
 from occ_jax.files import write_json
 from occ_jax.metrics import Row, RunLog, read_rows
+from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
@@ -107,6 +108,8 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     """
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
+    if config.model.checkpoint:
+        read_layout(config.model)  # what is wrong with its files is said before anything is written
     mesh, model = make_mesh(config.mesh), Model(config.model)
     evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
     training = training_prompts(config, tokenizer)

@@ -204,6 +204,17 @@ def test_a_step_of_training_from_a_checkpoint(tmp_path, capsys):
     assert "has 1 MTP modules" in capsys.readouterr().err
 
 
+def test_a_run_from_a_damaged_checkpoint_writes_nothing(tmp_path, capsys):
+    directory, run = broken(tmp_path, "mimo"), tmp_path / "run"
+    sorted(directory.glob("*.safetensors"))[0].unlink()
+    config = str(Path(__file__).parents[1] / "configs" / "addition.py")
+    options = ("--model.checkpoint", str(directory), "--warm-start.steps", "0")
+    assert main(["train", config, *options, "--run.directory", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "missing" in error
+    assert not run.exists()
+
+
 # What is wrong with a directory is said in one line that names file and tensor.
 
 
