@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from occ_jax.cli import main
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
 from occ_jax.models import load_pretrained, read_config, save_pretrained
@@ -56,6 +57,24 @@ def test_eight_devices_load_and_save_what_one_does(case, tmp_path):
     assert len(split) > len(jax.tree.leaves(spread)) / 2
     save_pretrained(model, spread, tmp_path / "saved")
     assert files(tmp_path / "saved") == files(GOLDEN / case)
+
+
+# Moved.
+
+
+def test_a_source_that_has_moved_is_named_by_layout(tmp_path, capsys):
+    source, middle, saved = copied(tmp_path, "mimo"), tmp_path / "orbax", tmp_path / "saved"
+    assert main(["convert", str(source), str(middle)]) == 0
+    moved = source.rename(tmp_path / "moved")
+    assert main(["convert", str(middle), str(saved)]) == 2
+    assert f"no checkpoint directory {source}" in capsys.readouterr().err
+    other = ["--layout", str(GOLDEN / "qwen2_tied")]
+    assert main(["convert", str(middle), str(saved), *other]) == 2
+    assert "has 0 MTP modules" in capsys.readouterr().err
+    assert main(["convert", str(middle), str(saved), "--layout", str(moved)]) == 0
+    assert files(saved) == files(moved)
+    assert main(["convert", str(moved), str(tmp_path / "x"), "--layout", str(moved)]) == 2
+    assert "has a layout of its own" in capsys.readouterr().err
 
 
 # Bits.
