@@ -251,13 +251,18 @@ def _add_convert(commands: Any) -> None:
         default="source",
         help="of the stored tensors (source: as published)",
     )
+    sub.add_argument(
+        "--layout",
+        type=Path,
+        help="the Hugging Face directory a run started from, if it has moved since",
+    )
     sub.set_defaults(run=_convert)
 
 
 def _convert(options: argparse.Namespace) -> None:
     from occ_jax.convert import convert
 
-    print(convert(options.source, options.target, dtype=options.dtype))
+    print(convert(options.source, options.target, dtype=options.dtype, layout=options.layout))
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from occ_jax.config import DType, MeshConfig, ModelConfig, from_dict, model_from
 from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
 from occ_jax.models.huggingface.files import CONFIG, is_pretrained, read_json
+from occ_jax.models.huggingface.load import check_config
 from occ_jax.models.huggingface.save import StoredDType, new_directory
 from occ_jax.models.model import num_parameters
 from occ_jax.sharding import abstract, make_mesh
@@ -19,7 +20,9 @@ from occ_jax.sharding import abstract, make_mesh
 MODEL = "model.json"  # beside converted parameters: what they are of
 
 
-def convert(source: Path, target: Path, *, dtype: StoredDType = "source") -> str:
+def convert(
+    source: Path, target: Path, *, dtype: StoredDType = "source", layout: Path | None = None
+) -> str:
     """Converts in the direction that `source` says.
 
     Args:
@@ -29,15 +32,19 @@ def convert(source: Path, target: Path, *, dtype: StoredDType = "source") -> str
             one the model came from.
         dtype: of the parameters; "source" for the types of the published tensors, which in an
             orbax checkpoint is float32, wide enough for all of them.
+        layout: the Hugging Face directory the model came from, where it is no longer at the path
+            it was read from.
 
     Returns:
         One line about what was done.
 
     Raises:
-        UserError: neither of the two, damaged, `target` is there already, or the model came from
-            no Hugging Face directory.
+        UserError: neither of the two, damaged, `target` is there already, the model came from no
+            Hugging Face directory, or `layout` is of another model.
     """
     if is_pretrained(source):
+        if layout is not None:
+            raise UserError(f"--layout is {layout}; {source} has a layout of its own")
         return _to_orbax(source, target, "bfloat16" if dtype == "bfloat16" else "float32")
     checkpoint = find_checkpoint(source)
     config = _model_of(checkpoint)
@@ -46,6 +53,8 @@ def convert(source: Path, target: Path, *, dtype: StoredDType = "source") -> str
             f"{checkpoint} was trained from random parameters; only what came from a Hugging Face "
             "directory has names and a layout to be written in"
         )
+    if layout is not None:
+        config = check_config(layout, config)
     model, mesh = Model(config), make_mesh(MeshConfig())
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = restore_params(checkpoint, abstract(mesh, shapes))

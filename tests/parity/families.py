@@ -378,6 +378,17 @@ CASES = (
     Case("qwen2_float32", "qwen2", {"num_key_value_heads": 4}, seed=2, dtype="float32"),
     Case("qwen3_tied", "qwen3", {"tie_word_embeddings": True}, num_shards=1),
     Case("qwen3_untied", "qwen3", _EPS | {"num_key_value_heads": 1, "hidden_size": 40}, seed=1),
+    # As the model card recommends for long contexts.
+    Case(
+        "qwen3_yarn",
+        "qwen3",
+        {
+            "max_position_embeddings": 256,
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"},
+            "rope_theta": 100,
+        },
+        seed=2,
+    ),
     Case("mimo", "mimo"),
     Case("mimo_tied", "mimo", _EPS | {"tie_word_embeddings": True}, seed=1),
     Case("mimo_two_modules", "mimo", {"num_nextn_predict_layers": 2}, seed=2, dtype="float32"),
@@ -439,6 +450,13 @@ CASES = (
             "partial_rotary_factor": 0.5,
         },
         seed=1,
+    ),
+    # A layer out of the pattern, then repeats of it.
+    Case(
+        "qwen3_next_deep",
+        "qwen3_next",
+        {"full_attention_interval": 2, "num_hidden_layers": 6, "mlp_only_layers": [1]},
+        seed=2,
     ),
     Case("qwen3_5", "qwen3_5"),
     Case("qwen3_5_tied", "qwen3_5", {"tie_word_embeddings": True}, seed=1, num_shards=1),

@@ -108,6 +108,7 @@ _YARN = NAMED["deepseek"].config()["rope_scaling"]
         ("qwen2_untied", {"rope_theta": 10000.0}),
         ("qwen2_untied", {"rms_norm_eps": 1e-6}),
         ("qwen3_untied", {"rms_norm_eps": 1e-6}),
+        ("qwen3_yarn", {"rope_scaling": None}),
         ("mimo_tied", {"rms_norm_eps": 1e-6}),
         ("glm", {"routed_scaling_factor": 1.0}),
         ("glm", {"norm_topk_prob": False}),

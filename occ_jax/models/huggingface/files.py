@@ -75,8 +75,8 @@ class Checkpoint:
         path = self.directory / tensor.file
         return np.memmap(path, dtype, mode="r", offset=tensor.start, shape=tensor.shape)
 
-    def scales(self, name: str) -> np.ndarray | None:
-        """The scales of an FP8 tensor's blocks, [blocks of rows, blocks of columns]; else None.
+    def scale_of(self, name: str) -> str | None:
+        """The tensor with the scales of an FP8 tensor's blocks; None for any other type.
 
         Raises:
             UserError: an FP8 tensor without scales, or scales that do not fit it.
@@ -98,7 +98,12 @@ class Checkpoint:
                 f"{self.where(scale)} has shape {list(self.tensors[scale].shape)}; blocks of "
                 f"{rows} x {columns} make it {list(expected)}"
             )
-        return np.array(self.read(scale), np.float32)
+        return scale
+
+    def scales(self, name: str) -> np.ndarray | None:
+        """float32 scales of an FP8 tensor, [blocks of rows, blocks of columns]; else None."""
+        scale = self.scale_of(name)
+        return None if scale is None else np.array(self.read(scale), np.float32)
 
     @property
     def block(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from occ_jax.config import MeshConfig, ModelConfig
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface.families import find_family, num_modules, read_config
-from occ_jax.models.huggingface.files import CONFIG, SCALE_SUFFIX, Checkpoint, open_checkpoint
+from occ_jax.models.huggingface.files import CONFIG, Checkpoint, open_checkpoint
 from occ_jax.models.huggingface.names import (
     LeafPath,
     Piece,
@@ -111,8 +111,9 @@ def read_layout(config: ModelConfig) -> Layout:
                 f"{CONFIG} makes it {list(expected)}"
             )
         held.add(entry.name)
-        if checkpoint.scales(entry.name) is not None:
-            held.add(entry.name + SCALE_SUFFIX)
+        scale = checkpoint.scale_of(entry.name)
+        if scale is not None:
+            held.add(scale)
     carried = [name for name in tensors if name not in held]
     prefixes = left_out(config, names, count)
     for name in carried:
