@@ -192,17 +192,17 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 experience.samples,
                 started,
             )
-            last = step == total or bool(stop)
+            stopping = step < total and bool(stop)  # read once: what stops here is saved here
             if step % config.evaluate_every == 0 or step == total:
                 pending.row.update(_evaluate(run, state, step))
-            if step % config.checkpoint_every == 0 or last:
+            if step % config.checkpoint_every == 0 or step == total or stopping:
                 skipped = _finish(run, pending, skipped)
                 watched |= pending.row
                 show(step, _figures(watched))
                 pending = None
                 run.log.flush()
                 checkpoint.save(run.manager, step, state, run.data)
-            if stop and step < total:
+            if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return
 
