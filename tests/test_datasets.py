@@ -1,6 +1,8 @@
 """Prepared sets as prompts: every one once an epoch, whoever asks, wherever a run was stopped."""
 
 import dataclasses
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -410,7 +412,10 @@ def test_only_the_exact_answer_is_right(tokenizer):
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, capsys):
     config = config_file(tmp_path)
-    checkpoint = ["--model.checkpoint", str(GOLDEN / "mimo"), "--model.vocab-size", "59"]
-    assert main(["train", str(config), *checkpoint]) == 2
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "mimo", directory)
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"vocab_size": 59}))
+    assert main(["train", str(config), "--model.checkpoint", str(directory)]) == 2
     said = "model.vocab_size is 59; the tokenizer needs at least 60"
     assert said in capsys.readouterr().err
