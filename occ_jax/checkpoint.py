@@ -21,7 +21,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 from occ_jax.files import write_json
 from occ_jax.types import Params, TrainState
 
@@ -213,8 +213,7 @@ def _readable(directory: Path) -> Generator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the checkpoint {directory} cannot be read; it is damaged or of another model "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error

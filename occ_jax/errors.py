@@ -1,5 +1,13 @@
-"""The one exception that stands for a user's mistake; the command line prints it as one line."""
+"""What stands for a user's mistake, and for a library's words about it: always one line."""
 
 
 class UserError(Exception):
-    """Bad input: the message names the thing, its value and what is allowed."""
+    """Bad input: the message names the thing, its value and what is allowed.
+
+    The command line prints it as one line.
+    """
+
+
+def one_line(error: Exception) -> str:
+    """The start of a library's message, its line breaks and indentation removed."""
+    return " ".join(str(error).split())[:200]

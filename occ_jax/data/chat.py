@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 
 
 class Message(NamedTuple):
@@ -72,10 +72,9 @@ def load_chat_template(
         try:
             return render(**context)
         except Exception as error:  # a program of others: it may raise anything
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"the chat template of {origin} refuses a conversation of roles "
-                f"{', '.join(message.role for message in messages)}: {reason}"
+                f"{', '.join(message.role for message in messages)}: {one_line(error)}"
             ) from error
 
     return render_chat

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from occ_jax.data.chat import Message
 from occ_jax.data.examples import Example
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 
 VERSION = "1.0.0"  # of the records' schema
 SPLIT = "problems"
@@ -59,9 +59,8 @@ def _undamaged(path: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} is damaged; delete it and prepare the set anew ({reason})"
+            f"{path} is damaged; delete it and prepare the set anew ({one_line(error)})"
         ) from error
 
 

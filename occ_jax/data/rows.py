@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 
 _BATCH = 4096
 
@@ -75,7 +75,7 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
         try:
             batch = next(batches, None)
         except (OSError, ValueError) as error:  # pyarrow's own are subclasses
-            raise UserError(f"{file} is damaged after row {number}: {_one_line(error)}") from error
+            raise UserError(f"{file} is damaged after row {number}: {one_line(error)}") from error
         if batch is None:
             return
         for values in batch.to_pylist():
@@ -100,7 +100,7 @@ def _open_parquet(file: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged Parquet: {_one_line(error)}") from error
+        raise UserError(f"{file} is damaged Parquet: {one_line(error)}") from error
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
@@ -113,14 +113,10 @@ def _json_rows(file: Path) -> Iterator[Row]:
                 values = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError too
                 raise row.error(
-                    f"neither Parquet nor JSON lines ({_one_line(error)})"
+                    f"neither Parquet nor JSON lines ({one_line(error)})"
                     if number == 1
-                    else f"no valid JSON ({_one_line(error)})"
+                    else f"no valid JSON ({one_line(error)})"
                 ) from error
             if not isinstance(values, dict):
                 raise row.error(f"a JSON object is expected, not {line[:40]!r}")
             yield row._replace(values=values)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

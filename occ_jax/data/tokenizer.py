@@ -17,7 +17,7 @@ import numpy as np
 
 from occ_jax.config import ModelConfig
 from occ_jax.data.chat import Message, RenderChat, load_chat_template
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 
 ALPHABET = "0123456789+=>,"
 _PAD, _EOS = "<pad>", "<eos>"
@@ -153,7 +153,7 @@ def _read_backend(directory: Path) -> Any:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path} is damaged: {_one_line(error)}") from error
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
     # Some checkpoints ship the settings of somebody's last call.
     backend.no_truncation()
     backend.no_padding()
@@ -167,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {_one_line(error)}") from error
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds a {type(found).__name__}, not an object")
     return found
@@ -249,7 +249,3 @@ def _decoder(backend: Any, used: np.ndarray) -> Callable[[Sequence[int]], str]:
         return _UNKNOWN.join(text)
 
     return decode
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
