@@ -1,4 +1,4 @@
-"""train, compare, evaluate, generate, prepare: arguments in, exit status out.
+"""train, compare, evaluate, generate, prepare, convert: arguments in, exit status out.
 
 A user's mistake becomes one line on standard error and status 2, before any compute is spent.
 Heavy imports happen after the arguments are understood.
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from occ_jax.models import Model
     from occ_jax.types import Params
 
-# Fields of a model that a checkpoint does not decide.
-_FREE = ("param_dtype", "dtype", "scan_layers", "remat", "logits_columns")
 # Fields of a model that its parameters do not depend on.
 _SAME_PARAMETERS = {"model.dtype", "model.remat", "model.logits_columns"}
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
@@ -118,10 +116,10 @@ def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
             directory = "".join(overrides[position + 1 : position + 2])
     if not directory:
         return config
-    from occ_jax.models.huggingface import read_config
+    from occ_jax.models.huggingface.families import FREE_FIELDS, read_config
 
     model = config.model
-    found = read_config(directory, **{field: getattr(model, field) for field in _FREE})
+    found = read_config(directory, **{name: getattr(model, name) for name in FREE_FIELDS})
     if found.num_mtp_modules == 0:
         # Whether that will do is known after the overrides.
         found = dataclasses.replace(found, num_mtp_modules=model.num_mtp_modules)
@@ -182,7 +180,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     _add_convert(commands)
     options, rest = parser.parse_known_args(arguments)
     checkpoint = getattr(options, "checkpoint", None)
-    if checkpoint and _is_pretrained(checkpoint):
+    if checkpoint and _is_pretrained(Path(checkpoint)):
         rest = ["--model.checkpoint", checkpoint, *rest]
     if "config" in options:
         return functools.partial(options.run, load_config(options.config, rest), options)
@@ -214,10 +212,10 @@ def _add_prepare(commands: Any) -> None:
     sub.set_defaults(run=_prepare)
 
 
-def _is_pretrained(directory: str) -> bool:
+def _is_pretrained(directory: Path) -> bool:
     from occ_jax.models.huggingface.files import is_pretrained
 
-    return is_pretrained(Path(directory))
+    return is_pretrained(directory)
 
 
 def _positive(text: str) -> int:
@@ -364,7 +362,7 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
 
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
-    if _is_pretrained(str(path)):
+    if _is_pretrained(path):
         model, params = load_pretrained(path, config=config.model, mesh=make_mesh(config.mesh))
         return model, tokenizer, params
     checkpoint = find_checkpoint(path)

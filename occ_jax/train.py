@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -124,15 +125,18 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     found = checkpoint.newest_intact(directory / "checkpoints", progress.say)
     manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
     like = abstract_state(model, computation(config), mesh)
-    reference: Params | None = None
-    if config.algorithm.kl_coefficient > 0:
-        reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
+    penalised = config.algorithm.kl_coefficient > 0
     if found is None:
         begin = starting_params(config, model, mesh, tokenizer, progress.say)
+        # A copy, as the state takes the buffers over.
+        reference = jax.tree.map(jnp.copy, begin["trunk"]) if penalised else None
         state = place_state(computation(config), begin, config.run.seed, mesh)
     else:
         progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
         state = checkpoint.restore(manager, found, like, data)
+        reference = None
+        if penalised:
+            reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
     log = RunLog(directory, -1 if found is None else found)
     run = _Run(config, model, mesh, tokenizer, training, data, evaluation, reference, manager, log)
     try:

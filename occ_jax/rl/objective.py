@@ -10,7 +10,7 @@ whole mini-batch, so that micro-batches add up to it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,41 +80,23 @@ def policy_loss(
     weights: Float[Array, "B R"] | None,
 ) -> Loss:
     """The configured policy loss, for the main head and the modules alike."""
-    low, high, aggregation = algorithm.clip_low, algorithm.clip_high, algorithm.aggregation
+    arrays = (log_probs, old_log_probs, advantages, mask)
+    options: dict[str, Any] = {
+        "clip_low": algorithm.clip_low,
+        "clip_high": algorithm.clip_high,
+        "weights": weights,
+    }
+    aggregation = algorithm.aggregation
     match algorithm.policy_loss:
         case "clipped":
+            dual_clip = algorithm.dual_clip
             return clipped_policy_loss(
-                log_probs,
-                old_log_probs,
-                advantages,
-                mask,
-                clip_low=low,
-                clip_high=high,
-                dual_clip=algorithm.dual_clip,
-                aggregation=aggregation,
-                weights=weights,
+                *arrays, **options, dual_clip=dual_clip, aggregation=aggregation
             )
         case "gspo":
-            return gspo_loss(
-                log_probs,
-                old_log_probs,
-                advantages,
-                mask,
-                clip_low=low,
-                clip_high=high,
-                weights=weights,
-            )
+            return gspo_loss(*arrays, **options)
         case "cispo":
-            return cispo_loss(
-                log_probs,
-                old_log_probs,
-                advantages,
-                mask,
-                clip_low=low,
-                clip_high=high,
-                aggregation=aggregation,
-                weights=weights,
-            )
+            return cispo_loss(*arrays, **options, aggregation=aggregation)
 
 
 def main_loss(

@@ -24,6 +24,9 @@ from occ_jax.models.huggingface.files import CONFIG, Json, read_config_json, rea
 from occ_jax.models.huggingface.names import Names
 from occ_jax.models.huggingface.values import Values, basics
 
+FREE_FIELDS = ("param_dtype", "dtype", "scan_layers", "remat", "logits_columns")
+"""Of a `ModelConfig`: what no checkpoint decides."""
+
 
 def read_config(
     directory: str | Path,

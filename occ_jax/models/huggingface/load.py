@@ -23,7 +23,12 @@ from jax.sharding import PartitionSpec as P
 
 from occ_jax.config import MeshConfig, ModelConfig
 from occ_jax.errors import UserError
-from occ_jax.models.huggingface.families import find_family, num_modules, read_config
+from occ_jax.models.huggingface.families import (
+    FREE_FIELDS,
+    find_family,
+    num_modules,
+    read_config,
+)
 from occ_jax.models.huggingface.files import CONFIG, Checkpoint, open_checkpoint
 from occ_jax.models.huggingface.names import (
     LeafPath,
@@ -39,11 +44,6 @@ from occ_jax.models.model import Model
 from occ_jax.sharding import make_mesh, state_shardings
 from occ_jax.types import Params
 
-# Fields of a model that its checkpoint does not decide.
-_FREE = (
-    *("checkpoint", "num_mtp_modules", "mtp_trunk_hidden", "param_dtype", "dtype"),
-    *("scan_layers", "remat", "logits_columns"),
-)
 _COMPARED_BYTES = 1 << 24  # at once, of a tensor and its copy
 
 
@@ -78,7 +78,8 @@ def load_pretrained(
         UserError: naming the file, and the tensor or key, that is missing, damaged, of the wrong
             shape or not supported.
     """
-    config = check_config(Path(directory), config)
+    path = Path(directory)
+    config = read_config(path) if config is None else check_config(path, config)
     layout = read_layout(config)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     return Model(config), _load(layout, mesh)
@@ -125,20 +126,23 @@ def read_layout(config: ModelConfig) -> Layout:
     return Layout(checkpoint, stored, carried, shapes)
 
 
-def check_config(directory: Path, config: ModelConfig | None) -> ModelConfig:
-    """`config`, or the directory's own; refused where it describes another model."""
-    if config is None:
-        return read_config(directory)
+def check_config(directory: Path, config: ModelConfig) -> ModelConfig:
+    """`config` with `directory` as its checkpoint.
+
+    Raises:
+        UserError: the directory is of another model, or has too few modules.
+    """
     own = read_config(
         directory,
         num_mtp_modules=config.num_mtp_modules,
         mtp_trunk_hidden=config.mtp_trunk_hidden,
+        **{name: getattr(config, name) for name in FREE_FIELDS},
     )
     for field in dataclasses.fields(ModelConfig):
         asked, found = getattr(config, field.name), getattr(own, field.name)
-        if field.name not in _FREE and asked != found:
+        if field.name != "checkpoint" and asked != found:
             raise UserError(f"model.{field.name} is {asked!r}; {directory / CONFIG} says {found!r}")
-    return dataclasses.replace(config, checkpoint=str(directory))
+    return own
 
 
 def _load(layout: Layout, mesh: Mesh) -> Params:
