@@ -1,11 +1,17 @@
-"""A checkpoint's tokenizer files, made from nothing: byte-level BPE, ChatML, two ends."""
+"""Files of checkpoints that tests read, change and compare.
+
+Those of `tests/golden` are whole; tokenizer files can be made from nothing: byte-level BPE, ChatML,
+two ends.
+"""
 
 import json
+import shutil
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+GOLDEN = Path(__file__).parent / "golden"
 CORPUS = [
     "Solve the problem step by step. Close with a line that holds nothing but Answer: and the sum.",
     "What is 12 + 30? Let x = 12, then x + 30 = 42. Answer: 42",
@@ -66,3 +72,13 @@ def change_json(path: Path, **changes: object) -> None:
     """Sets keys of a JSON object; None takes one away."""
     found = json.loads(path.read_text(encoding="utf-8")) | changes
     write_json(path, {name: value for name, value in found.items() if value is not None})
+
+
+def copied(tmp_path: Path, case: str) -> Path:
+    """A golden checkpoint to be changed."""
+    return Path(shutil.copytree(GOLDEN / case, tmp_path / "source"))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """The content of every file by its name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

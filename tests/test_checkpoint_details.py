@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -18,22 +16,7 @@ from occ_jax.models import load_pretrained, read_config, save_pretrained
 from occ_jax.models.huggingface.files import open_checkpoint
 from occ_jax.models.huggingface.save import quantise
 from occ_jax.sharding import make_mesh, state_shardings
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def files(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def copied(tmp_path, case):
-    directory = tmp_path / "source"
-    shutil.copytree(GOLDEN / case, directory)
-    return directory
-
-
-def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+from tests.checkpoint_files import GOLDEN, change_json, copied, files
 
 
 def change_tensors(directory, change):
@@ -190,7 +173,7 @@ def test_fp8_by_hand():
 
 def configured(tmp_path, case, **values):
     directory = copied(tmp_path, case)
-    edit(directory / "config.json", **values)
+    change_json(directory / "config.json", **values)
     return read_config(directory)
 
 
@@ -217,7 +200,7 @@ def test_layers_without_experts(tmp_path):
     (tmp_path / "source" / "config.json").write_text(
         (GOLDEN / "qwen3_next" / "config.json").read_text()
     )
-    edit(tmp_path / "source" / "config.json", decoder_sparse_step=2, num_hidden_layers=4)
+    change_json(tmp_path / "source" / "config.json", decoder_sparse_step=2, num_hidden_layers=4)
     config = read_config(tmp_path / "source")
     assert config.moe is not None and config.moe.dense_layers == (0, 2)
 
@@ -257,7 +240,7 @@ def test_what_is_refused(case, values, said, tmp_path):
 )
 def test_what_is_refused_of_a_nested_config(values, said, tmp_path):
     path = copied(tmp_path, "qwen3_5") / "config.json"
-    edit(path, text_config=json.loads(path.read_text())["text_config"] | values)
+    change_json(path, text_config=json.loads(path.read_text())["text_config"] | values)
     with pytest.raises(UserError, match=said):
         read_config(tmp_path / "source")
 
@@ -298,13 +281,13 @@ def test_tensors_that_are_known_to_be_of_no_use_are_carried(tmp_path):
 
 def test_fp8_without_its_scales(tmp_path):
     directory = copied(tmp_path, "deepseek_fp8_small_blocks")
-    edit(
+    change_json(
         directory / "config.json",
         quantization_config={"quant_method": "fp8", "weight_block_size": [128, 16]},
     )
     with pytest.raises(UserError, match=r"weight_scale_inv has shape .* blocks of 128 x 16 make"):
         load_pretrained(directory)
-    edit(directory / "config.json", quantization_config={"quant_method": "fp8"})
+    change_json(directory / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match="weight_block_size is None"):
         load_pretrained(directory)
 

@@ -1,10 +1,8 @@
 """Prepared sets as prompts: every one once an epoch, whoever asks, wherever a run was stopped."""
 
 import dataclasses
-import json
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,12 +34,11 @@ from occ_jax.data.tokenizer import load_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.metrics import read_rows
 from occ_jax.rewards.exact_match import exact_match
-from tests.checkpoint_files import write_tokenizer
+from tests.checkpoint_files import GOLDEN, change_json, write_tokenizer
 from tests.published_files import dapo_rows, json_lines, parquet, rows_of
 from tests.tiny import config_file
 
 SIZE = 23
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -414,8 +411,7 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, capsys):
     config = config_file(tmp_path)
     directory = tmp_path / "checkpoint"
     shutil.copytree(GOLDEN / "mimo", directory)
-    values = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(values | {"vocab_size": 59}))
+    change_json(directory / "config.json", vocab_size=59)
     assert main(["train", str(config), "--model.checkpoint", str(directory)]) == 2
     said = "model.vocab_size is 59; the tokenizer needs at least 60"
     assert said in capsys.readouterr().err

@@ -22,8 +22,8 @@ from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
 from occ_jax.models.huggingface.files import open_checkpoint
 from occ_jax.rollout import sample
+from tests.checkpoint_files import GOLDEN, change_json, copied, files
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 HYBRID, SPARSE = "qwen3_next", "deepseek"  # between them every part, and every layout of layers
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -83,10 +83,6 @@ def test_scanned_layers_load_stacked(case):
 def test_the_other_reading_of_mimo():
     golden = dict(np.load(GOLDEN / "mimo.npz"))
     compare(GOLDEN / "mimo", golden, "_post_norm", mtp_trunk_hidden="post_norm")
-
-
-def files(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,7 +201,7 @@ def test_a_step_of_training_from_a_checkpoint(tmp_path, capsys):
 
 
 def test_a_run_from_a_damaged_checkpoint_writes_nothing(tmp_path, capsys):
-    directory, run = broken(tmp_path, "mimo"), tmp_path / "run"
+    directory, run = copied(tmp_path, "mimo"), tmp_path / "run"
     sorted(directory.glob("*.safetensors"))[0].unlink()
     config = str(Path(__file__).parents[1] / "configs" / "addition.py")
     options = ("--model.checkpoint", str(directory), "--warm-start.steps", "0")
@@ -218,12 +214,6 @@ def test_a_run_from_a_damaged_checkpoint_writes_nothing(tmp_path, capsys):
 # What is wrong with a directory is said in one line that names file and tensor.
 
 
-def broken(tmp_path, case="glm_air"):
-    directory = tmp_path / "broken"
-    shutil.copytree(GOLDEN / case, directory)
-    return directory
-
-
 def refuse(directory, *said, **options):
     with pytest.raises(UserError) as caught:
         load_pretrained(directory, config=read_config(directory, **options))
@@ -233,39 +223,35 @@ def refuse(directory, *said, **options):
         assert text in message
 
 
-def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def test_a_missing_shard(tmp_path):
-    directory = broken(tmp_path)
+    directory = copied(tmp_path, "glm_air")
     first = sorted(directory.glob("*.safetensors"))[0]
     first.unlink()
     refuse(directory, first.name, "missing")
 
 
 def test_a_truncated_shard(tmp_path):
-    directory = broken(tmp_path)
+    directory = copied(tmp_path, "glm_air")
     last = sorted(directory.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-10])
     refuse(directory, last.name, "truncated", "tensor")
 
 
 def test_a_shard_of_garbage(tmp_path):
-    directory = broken(tmp_path)
+    directory = copied(tmp_path, "glm_air")
     first = sorted(directory.glob("*.safetensors"))[0]
     first.write_bytes(b"garbage garbage")
     refuse(directory, first.name, "no valid safetensors file")
 
 
 def test_a_tensor_of_another_shape(tmp_path):
-    directory = broken(tmp_path)
-    edit(directory / "config.json", intermediate_size=41)
+    directory = copied(tmp_path, "glm_air")
+    change_json(directory / "config.json", intermediate_size=41)
     refuse(directory, ".safetensors", "model.layers.0.mlp.gate_proj.weight", "[40, 24]", "[41, 24]")
 
 
 def test_a_missing_tensor(tmp_path):
-    directory = broken(tmp_path)
+    directory = copied(tmp_path, "glm_air")
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     file = index["weight_map"].pop("model.norm.weight")
@@ -277,7 +263,7 @@ def test_a_missing_tensor(tmp_path):
 
 
 def test_a_copy_that_differs(tmp_path):
-    directory = broken(tmp_path)
+    directory = copied(tmp_path, "glm_air")
     place = open_checkpoint(directory).tensors["model.layers.2.shared_head.head.weight"]
     with (directory / place.file).open("r+b") as file:
         file.seek(place.start)
@@ -301,15 +287,15 @@ def test_modules_that_are_not_there(tmp_path):
     ],
 )
 def test_a_config_that_is_not_supported(case, values, said, tmp_path):
-    directory = broken(tmp_path, case)
-    edit(directory / "config.json", **values)
+    directory = copied(tmp_path, case)
+    change_json(directory / "config.json", **values)
     refuse(directory, "config.json", said)
 
 
 def test_no_directory_no_config_and_no_json(tmp_path):
     refuse(tmp_path / "nowhere", "no checkpoint directory")
     refuse(tmp_path, "holds no config.json")
-    directory = broken(tmp_path)
+    directory = copied(tmp_path, "glm_air")
     (directory / "config.json").write_text("{")
     refuse(directory, "config.json is no valid JSON")
 
@@ -357,7 +343,7 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path):
     )
     size, wide, layers, vocabulary = 512, 2048, 24, 3000
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
-    edit(
+    change_json(
         directory / "config.json",
         **heads,
         hidden_size=size,

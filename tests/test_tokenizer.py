@@ -2,7 +2,6 @@
 
 import datetime
 import json
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -20,9 +19,8 @@ from occ_jax.data.tokenizer import (
     until_end,
 )
 from occ_jax.errors import UserError
-from tests.checkpoint_files import change_json, write_json, write_tokenizer
+from tests.checkpoint_files import GOLDEN, change_json, write_json, write_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
 USER = Message("user", " What is 12 + 30? ")
 
 

@@ -1,12 +1,11 @@
 """The same files read by transformers: ids, texts and conversations must be equal."""
 
 import pytest
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from occ_jax.data.chat import Message  # noqa: E402
-from occ_jax.data.tokenizer import encode_chat, load_tokenizer  # noqa: E402
-from tests.checkpoint_files import CHATML, change_json, write_tokenizer  # noqa: E402
+from occ_jax.data.chat import Message
+from occ_jax.data.tokenizer import encode_chat, load_tokenizer
+from tests.checkpoint_files import CHATML, change_json, write_tokenizer
 
 # Every construct that templates of released checkpoints use: namespaces, macros, loop variables,
 # tests, slices, whitespace control, JSON, errors, loop controls.
