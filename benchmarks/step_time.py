@@ -31,13 +31,13 @@ from occ_jax.config import (
     AlgorithmConfig,
     Config,
     Estimator,
-    ModelConfig,
     MTPConfig,
     Regime,
     RolloutConfig,
 )
 from occ_jax.data.pipeline import iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
+from occ_jax.model_config import ModelConfig
 from occ_jax.models import Model, num_parameters
 from occ_jax.rl.train_step import jit_train_step, place_state
 from occ_jax.rollout.collect import collect

@@ -1,8 +1,9 @@
 """Everything a run can be told, as frozen dataclasses that refuse bad values at construction.
 
-This file owns names, defaults and validation; it computes nothing. A `Config` is hashable, so it
-can be a static argument of a jitted function, and `to_dict`/`from_dict` round-trip through JSON, so
-the file saved with a run is enough to repeat it.
+This file owns names, defaults and validation; it computes nothing, and leaves what a model is made
+of to `occ_jax.model_config`. A `Config` is hashable, so it can be a static argument of a jitted
+function, and `to_dict`/`from_dict` round-trip through JSON, so the file saved with a run is enough
+to repeat it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from occ_jax.checks import require, require_choice, require_not_negative, require_positive
 from occ_jax.errors import UserError
+from occ_jax.model_config import ModelConfig
 
 Regime = Literal["detach", "ce", "policy", "occ"]
 Estimator = Literal["exact", "cross_batch", "log_prob", "released"]
@@ -23,33 +26,9 @@ Aggregation = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 TaskName = Literal["reverse_digits", "sort_digits", "addition", "chained_sum"]
-DType = Literal["float32", "bfloat16"]
 Thinking = Literal["template", "on", "off"]
 
 _T = TypeVar("_T")
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{name} is {value!r}; it must be {allowed}")
-
-
-def _require_positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0 and math.isfinite(value), f"{section}.{name}", value, "positive")
-
-
-def _require_not_negative(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0 and math.isfinite(value), f"{section}.{name}", value, "0 or more")
-
-
-def _require_choice(section: str, config: object, name: str, choices: object) -> None:
-    allowed = typing.get_args(choices)
-    value = getattr(config, name)
-    _require(value in allowed, f"{section}.{name}", value, f"one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -66,17 +45,17 @@ class TaskConfig:
     """Seed of the prompts; example i of a split depends on (seed, i) alone."""
 
     def __post_init__(self) -> None:
-        _require_choice("task", self, "name", TaskName)
+        require_choice("task", self, "name", TaskName)
         # Below these the prompts are too few to be split in two.
         fewest = 2 if self.name in ("reverse_digits", "sort_digits") else 1
-        _require(
+        require(
             fewest <= self.digits <= 12,
             "task.digits",
             self.digits,
             f"between {fewest} and 12 for {self.name}",
         )
-        _require(2 <= self.terms <= 9, "task.terms", self.terms, "between 2 and 9")
-        _require(0 <= self.seed < 2**31, "task.seed", self.seed, "between 0 and 2^31 - 1")
+        require(2 <= self.terms <= 9, "task.terms", self.terms, "between 2 and 9")
+        require(0 <= self.seed < 2**31, "task.seed", self.seed, "between 0 and 2^31 - 1")
 
 
 @dataclass(frozen=True)
@@ -105,281 +84,39 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         for name in (*([self.name] if self.name else []), *self.evaluation):
-            _require(
+            require(
                 re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
                 "dataset.name" if name == self.name else "dataset.evaluation",
                 name,
                 "the name of a prepared set: lower-case letters, digits and _",
             )
-        _require(
+        require(
             len(set(self.evaluation)) == len(self.evaluation),
             "dataset.evaluation",
             self.evaluation,
             "without repetitions",
         )
-        _require(
+        require(
             bool(self.name) == bool(self.evaluation),
             "dataset.evaluation",
             self.evaluation,
             "one or more sets with dataset.name, and none without it (a digit task brings its own)",
         )
-        _require(bool(self.directory), "dataset.directory", self.directory, "a path")
-        _require(
+        require(bool(self.directory), "dataset.directory", self.directory, "a path")
+        require(
             self.template.count("{problem}") == 1,
             "dataset.template",
             self.template,
             "a text with {problem} in it once",
         )
-        _require_choice("dataset", self, "thinking", Thinking)
-        _require_choice("dataset", self, "overlong", Literal["error", "drop"])
-        _require(
+        require_choice("dataset", self, "thinking", Thinking)
+        require_choice("dataset", self, "overlong", Literal["error", "drop"])
+        require(
             self.chat or (not self.system and self.thinking == "template"),
             "dataset.chat",
             self.chat,
             "True with dataset.system or dataset.thinking, which speak to a chat template",
         )
-
-
-@dataclass(frozen=True)
-class YarnConfig:
-    """Context extension of RoPE by interpolating its low frequencies (YaRN, arXiv 2309.00071)."""
-
-    factor: float = 40.0
-    """Extended over original context length."""
-    original_max_positions: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    """Dimensions that turn fewer times than this over the original context are interpolated."""
-    attention_factor: float = 1.0
-    """Multiplies sines and cosines."""
-    softmax_factor: float = 1.0
-    """Multiplies the softmax scale (DeepSeek-V3: the square of its mscale)."""
-    truncate: bool = True
-    """Whether the bounds of the interpolated range are rounded to whole dimensions."""
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            "model.yarn",
-            self,
-            *("factor", "original_max_positions", "beta_fast", "beta_slow"),
-            *("attention_factor", "softmax_factor"),
-        )
-
-
-@dataclass(frozen=True)
-class LatentAttentionConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
-
-    query_rank: int = 1536
-    """Width of the compressed query; 0 projects queries directly."""
-    kv_rank: int = 512
-    """Width of the compressed keys and values, which is what the cache holds."""
-    nope_head_dim: int = 128
-    rope_head_dim: int = 64
-    """Rotated part of a head's key, shared by all heads."""
-    value_head_dim: int = 128
-
-    def __post_init__(self) -> None:
-        names = ("kv_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
-        _require_positive("model.latent_attention", self, *names)
-        _require_not_negative("model.latent_attention", self, "query_rank")
-        _require(
-            self.rope_head_dim % 2 == 0,
-            "model.latent_attention.rope_head_dim",
-            self.rope_head_dim,
-            "even (RoPE)",
-        )
-
-
-@dataclass(frozen=True)
-class DeltaNetConfig:
-    """Gated delta-net layers between full-attention layers (arXiv 2412.06464; Qwen3-Next)."""
-
-    num_key_heads: int = 16
-    num_value_heads: int = 32
-    key_head_dim: int = 128
-    value_head_dim: int = 128
-    conv_width: int = 4
-    full_attention_interval: int = 4
-    """Every n-th layer attends in full; the others are delta-net layers."""
-    chunk_size: int = 64
-    """Tokens worked on by matrix products at once; no effect on the result."""
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            "model.delta_net",
-            self,
-            *("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim"),
-            *("full_attention_interval", "chunk_size"),
-        )
-        _require(self.conv_width >= 2, "model.delta_net.conv_width", self.conv_width, "2 or more")
-        _require(
-            self.num_value_heads % self.num_key_heads == 0,
-            "model.delta_net.num_key_heads",
-            self.num_key_heads,
-            f"a divisor of model.delta_net.num_value_heads ({self.num_value_heads})",
-        )
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixture-of-experts feed-forward layers, no token dropped (DeepSeek-V3, arXiv 2412.19437)."""
-
-    num_experts: int = 128
-    experts_per_token: int = 8
-    intermediate_size: int = 1408
-    """Width of one routed expert."""
-    shared_intermediate_size: int = 1408
-    """Width of the expert every token passes; 0 for none."""
-    shared_gate: bool = False
-    """Whether a sigmoid gate scales the shared expert (Qwen3-Next)."""
-    router: Literal["sigmoid", "softmax"] = "sigmoid"
-    """sigmoid: chosen by score plus correction bias, weighted by score; softmax: by probability."""
-    normalize_weights: bool = True
-    """Whether the weights of the chosen experts are divided by their sum."""
-    weight_scale: float = 1.0
-    """Factor on the weights of the routed experts."""
-    num_groups: int = 1
-    groups_per_token: int = 1
-    """Experts are chosen among those of this many groups (node-limited routing); sigmoid only."""
-    first_dense_layers: int = 0
-    """Layers before the first mixture-of-experts layer."""
-    dense_layers: tuple[int, ...] = ()
-    """Numbers of further layers without experts (Qwen3-Next's config allows them)."""
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            "model.moe",
-            self,
-            *("num_experts", "experts_per_token", "intermediate_size", "weight_scale"),
-            *("num_groups", "groups_per_token"),
-        )
-        _require_not_negative("model.moe", self, "shared_intermediate_size", "first_dense_layers")
-        _require_choice("model.moe", self, "router", Literal["sigmoid", "softmax"])
-        _require(
-            self.experts_per_token <= self.num_experts,
-            "model.moe.experts_per_token",
-            self.experts_per_token,
-            f"at most model.moe.num_experts ({self.num_experts})",
-        )
-        _require(
-            self.num_experts % self.num_groups == 0,
-            "model.moe.num_groups",
-            self.num_groups,
-            f"a divisor of model.moe.num_experts ({self.num_experts})",
-        )
-        _require(
-            self.num_groups == 1 or self.router == "sigmoid",
-            "model.moe.num_groups",
-            self.num_groups,
-            "1 with model.moe.router softmax",
-        )
-        reachable = self.groups_per_token * (self.num_experts // self.num_groups)
-        _require(
-            self.groups_per_token <= self.num_groups and self.experts_per_token <= reachable,
-            "model.moe.groups_per_token",
-            self.groups_per_token,
-            f"at most model.moe.num_groups ({self.num_groups}), and enough for "
-            f"{self.experts_per_token} experts",
-        )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder with sequential MTP modules (`occ_jax.models`), composed of parts.
-
-    A layer's mixer is attention, latent attention or a delta net; its feed-forward part is dense or
-    a mixture of experts. A Hugging Face directory in `checkpoint` decides all that describes the
-    architecture (`occ_jax.models.huggingface`); the fields of the last group are free.
-    """
-
-    checkpoint: str = ""
-    """A Hugging Face directory: architecture, starting parameters and tokenizer; "" for none."""
-
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 16
-    intermediate_size: int = 192
-    vocab_size: int = 16
-    """Rows of the token embedding; at least the tokenizer's size."""
-    rope_theta: float = 10_000.0
-    rope_fraction: float = 1.0
-    """Share of a head's dimensions, from the first, that are rotated (GLM-4.5: 0.5)."""
-    yarn: YarnConfig | None = None
-    rms_norm_eps: float = 1e-6
-    zero_centered_norm: bool = False
-    """Norms multiply by 1 + scale instead of scale (Qwen3-Next)."""
-    qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2, GLM-4.5)."""
-    qk_norm: bool = False
-    """RMSNorm of queries and keys per head, before RoPE (Qwen3)."""
-    attention_gate: bool = False
-    """Sigmoid gate on the output of every head, before the output projection (Qwen3-Next)."""
-    tie_embeddings: bool = False
-    latent_attention: LatentAttentionConfig | None = None
-    delta_net: DeltaNetConfig | None = None
-    moe: MoEConfig | None = None
-    num_mtp_modules: int = 1
-    """K: module k predicts the token k+1 places ahead."""
-    mtp_concat: Literal["embed_hidden", "hidden_embed"] = "embed_hidden"
-    """Order of the projection's input: hidden_embed for MiMo, else embed_hidden."""
-    mtp_trunk_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
-    """Whether module 1 reads the trunk after or before its final norm."""
-
-    param_dtype: DType = "float32"
-    dtype: DType = "float32"
-    """Type of activations and matrix products; norms, softmax, routers and losses are float32."""
-    scan_layers: bool = False
-    """One compiled layer run by a scan instead of one a layer: compile time of deep models."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, whole layers."""
-    logits_columns: int = 0
-    """Response columns whose logits over the vocabulary exist at once; 0 for all of them."""
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            "model",
-            self,
-            *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-            *("intermediate_size", "vocab_size", "rope_theta", "rms_norm_eps"),
-        )
-        _require_not_negative("model", self, "num_mtp_modules", "logits_columns")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of model.num_heads ({self.num_heads})",
-        )
-        _require(
-            0 < self.rope_fraction <= 1, "model.rope_fraction", self.rope_fraction, "in (0, 1]"
-        )
-        rotated = self.head_dim * self.rope_fraction
-        _require(
-            rotated == int(rotated) and rotated % 2 == 0,
-            "model.head_dim",
-            self.head_dim,
-            f"such that the {rotated:g} dimensions that RoPE turns are even",
-        )
-        _require_choice("model", self, "mtp_concat", Literal["embed_hidden", "hidden_embed"])
-        _require_choice("model", self, "mtp_trunk_hidden", Literal["post_norm", "pre_norm"])
-        _require_choice("model", self, "param_dtype", DType)
-        _require_choice("model", self, "dtype", DType)
-        _require_choice("model", self, "remat", Literal["none", "dots", "full"])
-        if self.moe is not None:
-            _require(
-                self.moe.first_dense_layers <= self.num_layers,
-                "model.moe.first_dense_layers",
-                self.moe.first_dense_layers,
-                f"at most model.num_layers ({self.num_layers})",
-            )
-            _require(
-                all(0 <= number < self.num_layers for number in self.moe.dense_layers),
-                "model.moe.dense_layers",
-                self.moe.dense_layers,
-                f"numbers of layers, below model.num_layers ({self.num_layers})",
-            )
 
 
 @dataclass(frozen=True)
@@ -397,8 +134,8 @@ class WarmStartConfig:
     """Finished warm-ups are kept here, one directory per (model, task, warm start)."""
 
     def __post_init__(self) -> None:
-        _require_not_negative("warm_start", self, "steps", "mtp_weight", "seed")
-        _require_positive("warm_start", self, "batch_size", "learning_rate")
+        require_not_negative("warm_start", self, "steps", "mtp_weight", "seed")
+        require_positive("warm_start", self, "batch_size", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -421,13 +158,13 @@ class RolloutConfig:
     """Rollouts a step may spend on dynamic sampling before it is an error."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "rollout", self, "num_prompts", "group_size", "max_new_tokens", "temperature"
         )
-        _require_positive("rollout", self, "max_rounds")
-        _require_not_negative("rollout", self, "max_prompt_tokens")
-        _require_choice("rollout", self, "old_log_probs", Literal["sampler", "trainer"])
-        _require(
+        require_positive("rollout", self, "max_rounds")
+        require_not_negative("rollout", self, "max_prompt_tokens")
+        require_choice("rollout", self, "old_log_probs", Literal["sampler", "trainer"])
+        require(
             not (self.dynamic_sampling and self.group_size == 1),
             "rollout.group_size",
             self.group_size,
@@ -464,28 +201,28 @@ class AlgorithmConfig:
     """M: pieces a mini-batch is accumulated over, by prompt."""
 
     def __post_init__(self) -> None:
-        _require_choice("algorithm", self, "policy_loss", Literal["clipped", "gspo", "cispo"])
-        _require_choice("algorithm", self, "aggregation", Aggregation)
-        _require_choice("algorithm", self, "advantage", Literal["group", "group_mean", "rloo"])
-        _require_choice("algorithm", self, "kl_estimator", Literal["k1", "k2", "k3"])
-        _require_not_negative(
+        require_choice("algorithm", self, "policy_loss", Literal["clipped", "gspo", "cispo"])
+        require_choice("algorithm", self, "aggregation", Aggregation)
+        require_choice("algorithm", self, "advantage", Literal["group", "group_mean", "rloo"])
+        require_choice("algorithm", self, "kl_estimator", Literal["k1", "k2", "k3"])
+        require_not_negative(
             "algorithm",
             self,
             *("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient"),
             *("overlong_buffer_tokens", "overlong_penalty"),
         )
-        _require_positive("algorithm", self, "updates_per_rollout", "micro_batches")
+        require_positive("algorithm", self, "updates_per_rollout", "micro_batches")
         if self.rollout_correction_cap is not None:
-            _require_positive("algorithm", self, "rollout_correction_cap")
+            require_positive("algorithm", self, "rollout_correction_cap")
         if self.dual_clip is not None:
-            _require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "above 1")
-            _require(
+            require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "above 1")
+            require(
                 self.policy_loss == "clipped",
                 "algorithm.dual_clip",
                 self.dual_clip,
                 f"None with algorithm.policy_loss {self.policy_loss}",
             )
-        _require(
+        require(
             self.policy_loss != "gspo" or self.aggregation == "seq-mean-token-mean",
             "algorithm.aggregation",
             self.aggregation,
@@ -519,17 +256,17 @@ class MTPConfig:
     """Factor of the released code's coefficient (estimator released only)."""
 
     def __post_init__(self) -> None:
-        _require_choice("mtp", self, "regime", Regime)
-        _require_choice("mtp", self, "estimator", Estimator)
-        _require_choice("mtp", self, "head_loss", HeadLoss)
-        _require_choice("mtp", self, "auxiliary_ratio", Literal["own", "main"])
-        _require_positive("mtp", self, "measure_every", "scale", "eps", "released_factor")
-        _require(math.isfinite(self.coefficient), "mtp.coefficient", self.coefficient, "finite")
-        _require(0 <= self.decay < 1, "mtp.decay", self.decay, "at least 0 and below 1")
+        require_choice("mtp", self, "regime", Regime)
+        require_choice("mtp", self, "estimator", Estimator)
+        require_choice("mtp", self, "head_loss", HeadLoss)
+        require_choice("mtp", self, "auxiliary_ratio", Literal["own", "main"])
+        require_positive("mtp", self, "measure_every", "scale", "eps", "released_factor")
+        require(math.isfinite(self.coefficient), "mtp.coefficient", self.coefficient, "finite")
+        require(0 <= self.decay < 1, "mtp.decay", self.decay, "at least 0 and below 1")
         if self.bounds is not None:
             low, high = self.bounds
-            _require(low < high, "mtp.bounds", self.bounds, "(low, high) with low < high")
-        _require(
+            require(low < high, "mtp.bounds", self.bounds, "(low, high) with low < high")
+        require(
             self.estimator != "released" or self.measure_every == 1,
             "mtp.measure_every",
             self.measure_every,
@@ -551,10 +288,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
-        _require_not_negative("optimizer", self, "warmup_steps", "weight_decay")
-        _require(0 <= self.b1 < 1, "optimizer.b1", self.b1, "at least 0 and below 1")
-        _require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "at least 0 and below 1")
+        require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
+        require_not_negative("optimizer", self, "warmup_steps", "weight_decay")
+        require(0 <= self.b1 < 1, "optimizer.b1", self.b1, "at least 0 and below 1")
+        require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -566,7 +303,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        _require_positive("mesh", self, "data", "fsdp", "tensor")
+        require_positive("mesh", self, "data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
@@ -590,15 +327,15 @@ class RunConfig:
     """Completions written to samples.jsonl each step."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "run",
             self,
             *("steps", "evaluate_every", "evaluation_prompts", "evaluation_samples"),
             *("checkpoint_every", "keep_checkpoints", "max_skipped_updates"),
         )
-        _require(0 <= self.seed < 2**31, "run.seed", self.seed, "between 0 and 2^31 - 1")
-        _require_not_negative("run", self, "num_logged_samples")
-        _require(bool(self.directory), "run.directory", self.directory, "a path")
+        require(0 <= self.seed < 2**31, "run.seed", self.seed, "between 0 and 2^31 - 1")
+        require_not_negative("run", self, "num_logged_samples")
+        require(bool(self.directory), "run.directory", self.directory, "a path")
 
 
 @dataclass(frozen=True)
@@ -618,14 +355,14 @@ class Config:
 
     def __post_init__(self) -> None:
         prompts, updates = self.rollout.num_prompts, self.algorithm.updates_per_rollout
-        _require(
+        require(
             prompts % updates == 0,
             "rollout.num_prompts",
             prompts,
             f"a multiple of algorithm.updates_per_rollout ({updates})",
         )
         micro = self.algorithm.micro_batches
-        _require(
+        require(
             (prompts // updates) % micro == 0,
             "algorithm.micro_batches",
             micro,
@@ -634,7 +371,7 @@ class Config:
         )
         shards = self.mesh.data * self.mesh.fsdp
         rows = prompts // updates // micro * self.rollout.group_size
-        _require(
+        require(
             rows % shards == 0 and prompts % shards == 0,
             "rollout.num_prompts",
             prompts,
@@ -646,7 +383,7 @@ class Config:
             ("num_kv_heads", self.model.num_kv_heads),
             ("intermediate_size", self.model.intermediate_size),
         ):
-            _require(
+            require(
                 size % self.mesh.tensor == 0,
                 "mesh.tensor",
                 self.mesh.tensor,
@@ -654,33 +391,33 @@ class Config:
             )
         _require_dataset_fits(self)
         occ = self.mtp.regime == "occ"
-        _require(
+        require(
             self.model.num_mtp_modules > 0 or self.mtp.regime == "detach",
             "model.num_mtp_modules",
             self.model.num_mtp_modules,
             f"1 or more with mtp.regime {self.mtp.regime}",
         )
-        _require(
+        require(
             not (occ and self.mtp.estimator == "cross_batch" and micro < 2),
             "algorithm.micro_batches",
             micro,
             "2 or more with mtp.estimator cross_batch",
         )
-        _require(
+        require(
             not (occ and self.mtp.estimator == "log_prob" and updates < 2),
             "algorithm.updates_per_rollout",
             updates,
             "2 or more with mtp.estimator log_prob (the first update after a rollout has "
             "theta = theta_old and measures nothing)",
         )
-        _require(
+        require(
             self.algorithm.rollout_correction_cap is None
             or self.rollout.old_log_probs == "trainer",
             "algorithm.rollout_correction_cap",
             self.algorithm.rollout_correction_cap,
             "None with rollout.old_log_probs sampler, whose weights are all 1",
         )
-        _require(
+        require(
             self.algorithm.overlong_buffer_tokens <= self.rollout.max_new_tokens,
             "algorithm.overlong_buffer_tokens",
             self.algorithm.overlong_buffer_tokens,
@@ -694,15 +431,15 @@ def _require_dataset_fits(config: Config) -> None:
     if not name:
         return
     width, steps = config.rollout.max_prompt_tokens, config.warm_start.steps
-    _require(width > 0, "rollout.max_prompt_tokens", width, f"positive with dataset.name {name}")
-    _require(
+    require(width > 0, "rollout.max_prompt_tokens", width, f"positive with dataset.name {name}")
+    require(
         bool(config.model.checkpoint),
         "model.checkpoint",
         config.model.checkpoint,
         f"a Hugging Face checkpoint's directory with dataset.name {name}, whose text the digit "
         "alphabet cannot spell",
     )
-    _require(
+    require(
         steps == 0,
         "warm_start.steps",
         steps,

@@ -13,16 +13,18 @@ from jax.sharding import PartitionSpec as Spec
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
-    DeltaNetConfig,
-    LatentAttentionConfig,
     MeshConfig,
-    ModelConfig,
-    MoEConfig,
     MTPConfig,
     OptimizerConfig,
     RolloutConfig,
 )
 from occ_jax.errors import UserError
+from occ_jax.model_config import (
+    DeltaNetConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from occ_jax.models.model import Model
 from occ_jax.rl import gradients
 from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state

@@ -24,11 +24,11 @@ from occ_jax.calibration import CalibrationState
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
-    ModelConfig,
     MTPConfig,
     OptimizerConfig,
     RolloutConfig,
 )
+from occ_jax.model_config import ModelConfig
 from occ_jax.models.model import Model
 from occ_jax.rl.train_step import init_state, jit_train_step, place_state, train_step
 from occ_jax.sharding import make_mesh, state_shardings

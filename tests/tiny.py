@@ -5,12 +5,12 @@ from pathlib import Path
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
-    ModelConfig,
     RolloutConfig,
     RunConfig,
     TaskConfig,
     WarmStartConfig,
 )
+from occ_jax.model_config import ModelConfig
 
 
 def tiny_config(directory: Path, **run: object) -> Config:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from occ_jax.config import ModelConfig
+from occ_jax.model_config import ModelConfig
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ_jax.config import LatentAttentionConfig, ModelConfig
+from occ_jax.model_config import LatentAttentionConfig, ModelConfig
 from occ_jax.models.attention import Columns, attend, write_columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate

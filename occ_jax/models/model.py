@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from occ_jax.config import ModelConfig
+from occ_jax.model_config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.decoder import (
     Cache,

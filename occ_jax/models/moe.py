@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from occ_jax.config import ModelConfig, MoEConfig
+from occ_jax.model_config import ModelConfig, MoEConfig
 from occ_jax.models.layers import SwiGLU, linear
 
 

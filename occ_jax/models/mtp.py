@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ_jax.config import ModelConfig
+from occ_jax.model_config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.transformer import Block, BlockOutput, LayerCache, mtp_kind

@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from occ_jax.config import ModelConfig
+from occ_jax.model_config import ModelConfig
 from occ_jax.models.attention import Attention, Columns, KVCache
 from occ_jax.models.delta_net import DeltaNet, DeltaState
 from occ_jax.models.latent_attention import LatentAttention, LatentCache

@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from occ_jax.config import MeshConfig, ModelConfig
+from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
+from occ_jax.model_config import ModelConfig
 from occ_jax.models.huggingface.families import (
     FREE_FIELDS,
     find_family,
