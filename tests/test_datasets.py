@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -35,10 +36,9 @@ from occ_jax.data.tasks import make_example
 from occ_jax.data.tokenizer import load_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.metrics import read_rows
-from occ_jax.rewards.exact_match import exact_match
 from tests.checkpoint_files import write_tokenizer
 from tests.published_files import dapo_rows, json_lines, parquet, rows_of
-from tests.tiny import config_file
+from tests.tiny import config_file, score_completions
 
 SIZE = 23
 GOLDEN = Path(__file__).parent / "golden"
@@ -318,6 +318,7 @@ def get_config():
         rollout=RolloutConfig(
             num_prompts=4, group_size=2, max_prompt_tokens=96, max_new_tokens=4
         ),
+        reward=RewardConfig(per_source=(("own", "exact_match"),), workers=1),
         algorithm=AlgorithmConfig(updates_per_rollout=2),
         run=RunConfig(
             directory={run!r}, evaluate_every=2, evaluation_prompts=4,
@@ -360,7 +361,8 @@ def test_prepare_train_resume_evaluate_generate(tmp_path, capsys):
     figures = ["--prompts", "4", "--samples", "2"]
     capsys.readouterr()
     assert main(["evaluate", str(config), *checkpoint, *figures]) == 0
-    assert "aime24/avg@2" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert re.search(r"^\| set +\| questions +\| +avg@2 .*\n\| -.*\n\| aime24 .*\n\| own ", table)
     assert main(["generate", str(config), *checkpoint, "--prompt", "what is 1 + 1?"]) == 0
     assert capsys.readouterr().out.startswith("what is 1 + 1?\n\n")
 
@@ -381,7 +383,8 @@ def test_digit_tasks_run_with_a_checkpoints_tokenizer(tokenizer, name):
             tokenizer.decode(completions[row][mask[row]].tolist())
             == f"{example.completion}<|im_end|>"
         )
-    np.testing.assert_array_equal(exact_match(config, tokenizer, examples, completions[:, None]), 1)
+    scores = score_completions(config, tokenizer, examples, completions[:, None])
+    np.testing.assert_array_equal(scores, 1)
 
 
 def test_a_tokenizer_that_needs_many_tokens_a_character_is_refused(tokenizer):
@@ -407,7 +410,8 @@ def test_only_the_exact_answer_is_right(tokenizer):
     }
     rows = [tokenizer.encode(text) for text in texts]
     ids = np.array([[row + [1] * (8 - len(row)) for row in rows]])
-    assert exact_match(config, tokenizer, [example], ids)[0].tolist() == list(texts.values())
+    scores = score_completions(config, tokenizer, [example], ids)
+    assert scores[0].tolist() == list(texts.values())
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, capsys):
