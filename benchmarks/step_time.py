@@ -39,6 +39,7 @@ from occ_jax.data.pipeline import iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.model_config import ModelConfig
 from occ_jax.models import Model, num_parameters
+from occ_jax.rewards.scoring import open_pool
 from occ_jax.rl.train_step import jit_train_step, place_state
 from occ_jax.rollout.collect import collect
 from occ_jax.runtime import keep_freed_memory
@@ -146,17 +147,18 @@ def rl_step_times(num_mtp_modules: int, steps: int) -> dict[str, float]:
     step = jit_train_step(model, config, mesh, measure=True)
     rollout: list[float] = []
     update: list[float] = []
-    for number in range(steps + 1):
-        start = time.perf_counter()
-        key = jax.random.fold_in(state.key, number)
-        found = collect(model, config, mesh, DIGITS, state.params, None, prompts, key)
-        batches = jax.block_until_ready(found.batches)
-        middle = time.perf_counter()
-        for batch in batches:
-            state, _ = step(state, batch)
-        jax.block_until_ready(state)
-        rollout.append(middle - start)
-        update.append(time.perf_counter() - middle)
+    with open_pool(config) as pool:
+        for number in range(steps + 1):
+            start = time.perf_counter()
+            key = jax.random.fold_in(state.key, number)
+            found = collect(model, config, mesh, DIGITS, state.params, None, prompts, key, pool)
+            batches = jax.block_until_ready(found.batches)
+            middle = time.perf_counter()
+            for batch in batches:
+                state, _ = step(state, batch)
+            jax.block_until_ready(state)
+            rollout.append(middle - start)
+            update.append(time.perf_counter() - middle)
     whole = [a + b for a, b in zip(rollout[1:], update[1:], strict=True)]
     return {
         "rollout": statistics.median(rollout[1:]),

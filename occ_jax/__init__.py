@@ -5,29 +5,29 @@ The calibration works on any two losses and needs only jax and optax:
     tx = optax.chain(occ_jax.calibrate_auxiliary(), optax.adamw(1e-6))
     updates, state = tx.update(grads, state, params, auxiliary_updates=aux_grads)
 
-Submodules `models` and `rl` hold the rest; they are imported when first used.
+Submodules `models` and `rl` hold the rest. Everything is imported when first used, so that the
+processes that verify completions can import `occ_jax.rewards` without loading JAX.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from occ_jax.calibration import (
-    CalibrationState,
-    FixedAuxiliaryState,
-    Statistics,
-    calibrate_auxiliary,
-    fixed_auxiliary,
-    inner_product_statistics,
-    optimal_coefficient,
-)
-from occ_jax.estimators import (
-    cross_batch_statistics,
-    log_prob_statistics,
-    released_code_coefficient,
-)
-
 if TYPE_CHECKING:
     from occ_jax import models, rl
+    from occ_jax.calibration import (
+        CalibrationState,
+        FixedAuxiliaryState,
+        Statistics,
+        calibrate_auxiliary,
+        fixed_auxiliary,
+        inner_product_statistics,
+        optimal_coefficient,
+    )
+    from occ_jax.estimators import (
+        cross_batch_statistics,
+        log_prob_statistics,
+        released_code_coefficient,
+    )
 
 __version__ = "0.1.0"
 
@@ -46,8 +46,19 @@ __all__ = [
     "rl",
 ]
 
+_ESTIMATORS = ("cross_batch_statistics", "log_prob_statistics", "released_code_coefficient")
+
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'occ_jax' has no attribute {name!r}")
     if name in ("models", "rl"):
         return importlib.import_module(f"occ_jax.{name}")
-    raise AttributeError(f"module 'occ_jax' has no attribute {name!r}")
+    home = "estimators" if name in _ESTIMATORS else "calibration"
+    value = getattr(importlib.import_module(f"occ_jax.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -167,15 +167,26 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             required=True,
             help="a run directory, one of its checkpoints/<step>, or a Hugging Face directory",
         )
-    evaluate.add_argument("--prompts", type=_positive, default=1024, help="questions (1024)")
+    evaluate.add_argument(
+        "--prompts", type=_positive, help="questions a set (all; of a digit task 1024)"
+    )
     evaluate.add_argument("--samples", type=_positive, default=16, help="completions each (16)")
-    evaluate.add_argument("--json", type=Path, help="also write the figures to this file")
+    _add_k(evaluate)
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        help="where to keep records and tables (evaluations/<step> in the run's directory)",
+    )
+    evaluate.add_argument(
+        "--completions", action="store_true", help="keep the completions' text in the records"
+    )
     generate.add_argument(
         "--prompt", action="append", help="a prompt such as 314159=; default: five to evaluate on"
     )
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
     )
+    _add_compare_evaluations(commands)
     _add_prepare(commands)
     _add_convert(commands)
     options, rest = parser.parse_known_args(arguments)
@@ -187,6 +198,22 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     if rest:
         raise UserError(f"unknown argument {rest[0]}; {options.command} --help lists them")
     return functools.partial(options.run, options)
+
+
+def _add_k(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--k", type=_positive, nargs="+", default=[], help="of pass@k and maj@k (all answers)"
+    )
+
+
+def _add_compare_evaluations(commands: Any) -> None:
+    text = "how policy B differs from policy A, question by question, from two --output directories"
+    sub = commands.add_parser("compare-evaluations", help=text, description=text)
+    sub.add_argument("a", metavar="A", type=Path, help="an evaluation's directory")
+    sub.add_argument("b", metavar="B", type=Path, help="another's, on the same questions")
+    _add_k(sub)
+    sub.add_argument("--output", type=Path, help="a directory for comparison.json and .md")
+    sub.set_defaults(run=_compare_evaluations)
 
 
 def _add_prepare(commands: Any) -> None:
@@ -305,31 +332,28 @@ def _compare(config: Config, options: argparse.Namespace) -> None:
 
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
-    import jax
+    from occ_jax.evaluation.command import evaluation_directory, run_evaluation
 
-    from occ_jax.data.pipeline import evaluation_prompts
-    from occ_jax.evaluate import evaluate_sets
-    from occ_jax.files import write_json
-    from occ_jax.sharding import make_mesh
-
-    model, tokenizer, params = _load(config, Path(options.checkpoint))
-    figures = evaluate_sets(
-        model,
+    for k in options.k:
+        if k > options.samples:
+            raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
+    checkpoint = Path(options.checkpoint)
+    run_evaluation(
         config,
-        make_mesh(config.mesh),
-        tokenizer,
-        params,
-        evaluation_prompts(config, tokenizer, options.prompts),
-        jax.random.key(config.run.seed),
+        *_load(config, checkpoint),
+        checkpoint=checkpoint,
+        output=options.output or evaluation_directory(checkpoint),
+        num_prompts=options.prompts,
         num_samples=options.samples,
+        ks=options.k or [options.samples],
+        keep_completions=options.completions,
     )
-    for name, value in figures.items():
-        print(f"{name.removeprefix('val/'):28} {value:.4f}")
-    if options.json:
-        try:
-            write_json(options.json, figures)
-        except OSError as error:
-            raise UserError(f"{options.json} cannot be written: {error.strerror}") from error
+
+
+def _compare_evaluations(options: argparse.Namespace) -> None:
+    from occ_jax.evaluation.command import run_comparison
+
+    run_comparison(options.a, options.b, options.k, options.output)
 
 
 def _generate(config: Config, options: argparse.Namespace) -> None:

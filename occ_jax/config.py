@@ -26,6 +26,7 @@ Aggregation = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 TaskName = Literal["reverse_digits", "sort_digits", "addition", "chained_sum"]
+Verifier = Literal["exact_match", "last_step", "math_dapo", "math_verify"]
 Thinking = Literal["template", "on", "off"]
 
 _T = TypeVar("_T")
@@ -170,6 +171,60 @@ class RolloutConfig:
             self.group_size,
             "2 or more with dynamic sampling (a group of one has no variance)",
         )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How completions are scored (`occ_jax.rewards`).
+
+    A verifier is exact_match, last_step, math_dapo, math_verify, or a function of your own, written
+    package.module:function or path/to/file.py:function.
+    """
+
+    verifier: str | None = None
+    """Of every source that `per_source` does not name; None takes the source's usual one."""
+    per_source: tuple[tuple[str, str], ...] = ()
+    """(source, verifier) pairs."""
+    wrong: float = 0.0
+    """Reward of a wrong completion, the lowest there is; a right one's is 1. DAPO takes -1."""
+    truncated: Literal["wrong", "judged"] = "wrong"
+    """Whether completions cut by the length limit are wrong unseen, or judged like others."""
+    workers: int | None = None
+    """Verifier processes; None takes one a CPU, at most 32."""
+    deadline_s: float = 5.0
+    """Wall-clock seconds for one completion; then its worker is killed and it scores 0."""
+    memory_mib: int = 2048
+    """Most memory a worker may allocate; beyond it the completion scores 0."""
+
+    def __post_init__(self) -> None:
+        pairs: tuple[tuple[str, ...], ...] = self.per_source  # what a file or caller may hold
+        for pair in pairs:
+            require(len(pair) == 2, "reward.per_source", pair, "(source, verifier) pairs")
+        sources = [source for source, _ in self.per_source]
+        require(
+            len(set(sources)) == len(sources),
+            "reward.per_source",
+            self.per_source,
+            "such that no source is named twice",
+        )
+        named = [("reward.per_source", verifier) for _, verifier in self.per_source]
+        if self.verifier is not None:
+            named.append(("reward.verifier", self.verifier))
+        for name, verifier in named:
+            module, _, function = verifier.rpartition(":")
+            require(
+                verifier in typing.get_args(Verifier) or bool(module and function.isidentifier()),
+                name,
+                verifier,
+                f"one of {', '.join(typing.get_args(Verifier))}, package.module:function or "
+                "path/to/file.py:function",
+            )
+        require(math.isfinite(self.wrong) and self.wrong < 1, "reward.wrong", self.wrong, "below 1")
+        require_choice("reward", self, "truncated", Literal["wrong", "judged"])
+        if self.workers is not None:
+            require(self.workers >= 1, "reward.workers", self.workers, "1 or more, or None")
+        require_positive("reward", self, "deadline_s")
+        require(self.memory_mib >= 256, "reward.memory_mib", self.memory_mib, "256 or more")
 
 
 @dataclass(frozen=True)
@@ -347,6 +402,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -477,8 +533,12 @@ def _build(kind: type[_T], values: dict[str, Any], path: str) -> _T:
             (part,) = [option for option in options if dataclasses.is_dataclass(option)]
             assert isinstance(part, type)
             value = _build(part, typing.cast("dict[str, Any]", value), f"{path}{name}.")
-        given[name] = tuple(typing.cast("list[Any]", value)) if isinstance(value, list) else value
+        given[name] = _frozen(value)
     return kind(**given)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -510,5 +570,6 @@ def computation(config: Config) -> Config:
         task=TaskConfig(),
         dataset=DatasetConfig(),
         warm_start=WarmStartConfig(),
+        reward=RewardConfig(),
         run=RunConfig(),
     )

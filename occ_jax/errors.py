@@ -8,6 +8,6 @@ class UserError(Exception):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The start of a library's message, its line breaks and indentation removed."""
     return " ".join(str(error).split())[:200]

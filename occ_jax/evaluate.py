@@ -1,12 +1,13 @@
-"""How good a policy is: sampled accuracy, the exact objective, how well its modules draft."""
+"""How good a policy is: answers sampled and judged, the exact objective, how its modules draft.
+
+Owns the sampling; `occ_jax.evaluation` holds what is made of the answers.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from occ_jax.config import Config, computation
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import encode_completions, pad_prompts
 from occ_jax.data.tasks import has_unique_completion
-from occ_jax.data.tokenizer import Tokenizer
+from occ_jax.data.tokenizer import Tokenizer, decode_completion
+from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask
+from occ_jax.evaluation.report import summarise
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -26,20 +29,11 @@ from occ_jax.models.scoring import (
     score_tokens,
     trunk_states,
 )
-from occ_jax.rewards.exact_match import exact_match
+from occ_jax.rewards.pool import Judged, VerifierPool
+from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rollout.sampler import sample
 from occ_jax.sharding import rows
 from occ_jax.types import Params, Rollout
-
-
-class Evaluation(NamedTuple):
-    """Records of one evaluation; `summarise` makes the figures of them."""
-
-    scores: np.ndarray  # float32 [Q, n], reward of each completion of each question
-    objective: np.ndarray | None  # float32 [Q], probability of the right completion
-    agreement: np.ndarray  # float32 [K], module k's top-1 agreement with the main head
-    lengths: np.ndarray  # int [Q, n], completion tokens
-    truncated: float  # share of completions without an end
 
 
 def evaluate(
@@ -50,52 +44,90 @@ def evaluate(
     params: Params,
     prompts: Sequence[Prompt],
     key: Key[Array, ""],
+    pool: VerifierPool,
     *,
     num_samples: int,
-) -> Evaluation:
-    """Evaluates on the prompts of one set.
+    file: RecordFile | None = None,
+    keep_completions: bool = False,
+    show: Callable[[list[Record]], None] = lambda _: None,
+) -> list[Record]:
+    """Answers the prompts of one set, as far as `file` does not hold the answers.
 
     Args:
         model: the architecture.
-        config: task or dataset, rollout (temperature, lengths).
+        config: task or dataset, rollout (temperature, lengths), reward.
         mesh: where `params` lie.
         tokenizer: of the prompts.
         params: trunk and modules.
         prompts: Q questions.
-        key: of the sampling.
+        key: of the sampling; the answers to a question depend on its place and `key`.
+        pool: judges completions.
         num_samples: n, completions a question.
+        file: where records are kept, if anywhere.
+        keep_completions: keep whole texts in them.
+        show: is told the records there are, now and then.
+
+    Returns:
+        Q records, in the order of the questions.
     """
-    chunk = _prompts_a_call(config, num_samples)
-    scores: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    objectives: list[np.ndarray] = []
-    agree = np.zeros((2, model.config.num_mtp_modules))
-    complete = 0
+
+    def judge(part: Sequence[Prompt], tokens: np.ndarray) -> Judged:
+        return judge_completions(pool, config, tokenizer, [p.example for p in part], tokens)[1]
+
+    return ask(
+        prompts,
+        _answers(model, config, mesh, tokenizer, params, key, num_samples),
+        judge,
+        chunk=prompts_a_call(config, num_samples),
+        file=file,
+        keep_completions=keep_completions,
+        show=show,
+    )
+
+
+def _answers(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    params: Params,
+    key: Key[Array, ""],
+    num_samples: int,
+) -> Callable[[Sequence[Prompt], int], list[Sampled]]:
+    """Samples n answers to a chunk of questions."""
+    chunk, width = prompts_a_call(config, num_samples), config.rollout.max_new_tokens
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     sampler = _sampler(model, computation(config), mesh, num_samples, ends, filler)
-    for start in range(0, len(prompts), chunk):
-        part = prompts[start : start + chunk]
+
+    def run(part: Sequence[Prompt], start: int) -> list[Sampled]:
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
         columns = jax.device_put(pad_prompts(config, tokenizer, padded), rows(mesh))
-        rollout, matches, counts = sampler(params, *columns, jax.random.fold_in(key, start))
-        shape = (chunk, num_samples, config.rollout.max_new_tokens)
-        tokens = np.asarray(rollout.tokens)[:, -shape[2] :].reshape(shape)[: len(part)]
-        mask = np.asarray(rollout.response_mask).reshape(shape)[: len(part)]
-        scores.append(exact_match(config, tokenizer, [p.example for p in part], tokens))
-        masks.append(mask)
-        complete += int(np.sum(np.any(np.isin(tokens, ends) & mask, axis=-1)))
-        agree += np.stack([np.asarray(matches), np.asarray(counts)])
+        rollout, *drafts = sampler(params, *columns, jax.random.fold_in(key, start))
+        shape = (chunk, num_samples, width)
+        tokens = np.asarray(rollout.tokens)[:, -width:].reshape(shape)
+        mask = np.asarray(rollout.response_mask).reshape(shape)
+        ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
+        objective: np.ndarray | None = None
         if not config.dataset.name and has_unique_completion(config.task):
-            found = exact_objective(model, config, mesh, tokenizer, params, padded)
-            objectives.append(found[: len(part)])
-    lengths = np.concatenate(masks).sum(-1)
-    return Evaluation(
-        scores=np.concatenate(scores),
-        objective=np.concatenate(objectives) if objectives else None,
-        agreement=agree[0] / np.maximum(agree[1], 1),
-        lengths=lengths,
-        truncated=1.0 - complete / lengths.size,
-    )
+            objective = exact_objective(model, config, mesh, tokenizer, params, padded)
+        # [K, chunk]: over a question's answers.
+        agreed, drafted = (np.asarray(x).reshape(-1, chunk, num_samples).sum(-1) for x in drafts)
+        return [
+            Sampled(
+                tokens=tokens[row],
+                texts=[decode_completion(tokenizer, ids) for ids in tokens[row].tolist()],
+                lengths=mask[row].sum(-1).tolist(),
+                truncated=(~ended[row]).tolist(),
+                figures={
+                    **({} if objective is None else {"objective": float(objective[row])}),
+                    **{f"agreed_{k + 1}": float(x[row]) for k, x in enumerate(agreed)},
+                    **{f"drafted_{k + 1}": float(x[row]) for k, x in enumerate(drafted)},
+                },
+            )
+            for row in range(len(part))
+        ]
+
+    return run
 
 
 def evaluate_sets(
@@ -106,10 +138,11 @@ def evaluate_sets(
     params: Params,
     sets: Mapping[str, Sequence[Prompt]],
     key: Key[Array, ""],
+    pool: VerifierPool,
     *,
     num_samples: int,
 ) -> dict[str, float]:
-    """Figures of every evaluation set.
+    """Figures of every evaluation set, for the log of a run.
 
     A digit task's are "val/…". Of prepared sets each has its own, "val/<set>/…", and val/accuracy
     is the mean of their accuracies, every set counting alike.
@@ -123,7 +156,8 @@ def evaluate_sets(
                 tokenizer,
                 params,
                 prompts,
-                jax.random.fold_in(key, zlib.crc32(name.encode())) if config.dataset.name else key,
+                set_key(config, name, key),
+                pool,
                 num_samples=num_samples,
             )
         )
@@ -139,6 +173,11 @@ def evaluate_sets(
     }
     mean = float(np.mean([found["val/accuracy"] for found in figures.values()]))
     return {"val/accuracy": mean, **renamed}
+
+
+def set_key(config: Config, name: str, key: Key[Array, ""]) -> Key[Array, ""]:
+    """The sampling key of one of several sets."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode())) if config.dataset.name else key
 
 
 def exact_objective(
@@ -166,38 +205,7 @@ def exact_objective(
     return np.asarray(score(params["trunk"], *jax.device_put((tokens, valid), rows(mesh))))
 
 
-def summarise(evaluation: Evaluation) -> dict[str, float]:
-    """Means and 95% intervals clustered by question.
-
-    avg@n = mean over questions of the share of right completions, SE = std / sqrt(Q) over
-    questions; pass@n = share of questions with a right completion; the objective likewise.
-    """
-    samples = evaluation.scores.shape[1]
-    per_question = evaluation.scores.mean(axis=1)
-    figures = {
-        f"val/avg@{samples}": float(per_question.mean()),
-        f"val/avg@{samples}_ci95": half_width(per_question),
-        "val/accuracy": float(per_question.mean()),
-        f"val/pass@{samples}": float(evaluation.scores.max(axis=1).mean()),
-        "val/response_length/mean": float(evaluation.lengths.mean()),
-        "val/response_length/clip_ratio": evaluation.truncated,
-    }
-    if evaluation.objective is not None:
-        figures["val/objective"] = float(evaluation.objective.mean())
-        figures["val/objective_ci95"] = half_width(evaluation.objective)
-    for k, value in enumerate(evaluation.agreement):
-        figures[f"val/agreement_{k + 1}"] = float(value)
-    return figures
-
-
-def half_width(values: np.ndarray) -> float:
-    """Half of the normal 95% confidence interval of a mean; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def _prompts_a_call(config: Config, num_samples: int) -> int:
+def prompts_a_call(config: Config, num_samples: int) -> int:
     """Prompts that make about as many rows as a training rollout, and divide over the mesh."""
     shards = config.mesh.data * config.mesh.fsdp
     wanted = config.rollout.num_prompts * config.rollout.group_size // num_samples
@@ -213,11 +221,11 @@ def _sampler(
     eos_ids: tuple[int, ...],
     pad_id: int,
 ) -> Callable[..., tuple[Rollout, Array, Array]]:
-    """Samples and counts, per module, agreements with the main head over its own tokens."""
+    """Samples and counts, per module and answer, agreements with the main head over its tokens."""
 
     def run(
         params: Params, prompts: Int[Array, "N P"], valid: Bool[Array, "N P"], key: Key[Array, ""]
-    ) -> tuple[Rollout, Float[Array, " K"], Float[Array, " K"]]:
+    ) -> tuple[Rollout, Float[Array, "K B"], Float[Array, "K B"]]:
         rollout = sample(
             model,
             params,
@@ -238,11 +246,12 @@ def _sampler(
 
 def _agreement(
     model: Model, params: Params, rollout: Rollout
-) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+) -> tuple[Float[Array, "K B"], Float[Array, "K B"]]:
     """Tokens on which each module's most probable token is the main head's, and all its tokens."""
     depth, response = model.config.num_mtp_modules, rollout.response_mask.shape[1]
     if depth == 0:
-        return jnp.zeros(0), jnp.zeros(0)
+        none = jnp.zeros((0, rollout.tokens.shape[0]))
+        return none, none
     states = trunk_states(model, params["trunk"], rollout.tokens, rollout.valid)
     heads = auxiliary_states(
         model, params, states.mtp_input, rollout.tokens, rollout.valid, response
@@ -255,8 +264,8 @@ def _agreement(
     masks = auxiliary_masks(rollout.valid, rollout.response_mask, depth)
     matches = masks & (jnp.stack(drafts) == main[None])
     return (
-        jnp.sum(matches, axis=(1, 2), dtype=jnp.float32),
-        jnp.sum(masks, axis=(1, 2), dtype=jnp.float32),
+        jnp.sum(matches, axis=2, dtype=jnp.float32),
+        jnp.sum(masks, axis=2, dtype=jnp.float32),
     )
 
 

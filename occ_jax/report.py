@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
 from occ_jax.metrics import Row
+from occ_jax.tables import markdown_table
 
 Rows = Sequence[Row]
 Runs = Mapping[str, Sequence[Rows]]
@@ -386,13 +387,7 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> str:
         seconds = record["seconds_per_step"]
         cells.append([*row, "–" if seconds is None else f"{seconds:.2f}", str(record["seeds"])])
     columns = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"–"}]
-    lined: list[list[str]] = []
-    for i, column in enumerate(columns):
-        width = max(map(len, column))
-        rule = "-" * width if i == 0 else "-" * (width - 1) + ":"
-        texts = [column[0], rule, *column[1:]]
-        lined.append([text.rjust(width) if i else text.ljust(width) for text in texts])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in zip(*lined, strict=True))
+    table = markdown_table(list(zip(*columns, strict=True)))
     if "±" not in table:
         return table
     return (

@@ -44,6 +44,8 @@ from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
 from occ_jax.progress import Progress
+from occ_jax.rewards.pool import VerifierPool
+from occ_jax.rewards.scoring import open_pool
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
 from occ_jax.rollout.collect import collect
 from occ_jax.sharding import make_mesh
@@ -53,6 +55,7 @@ from occ_jax.warm_start import starting_params
 # Fields in which a run directory and the config that resumes it may differ.
 _MAY_CHANGE = {
     "dataset.directory",
+    "reward.workers",
     "run.directory",
     "run.steps",
     "run.checkpoint_every",
@@ -82,6 +85,7 @@ class _Run(NamedTuple):
     reference: Params | None
     manager: ocp.CheckpointManager
     log: RunLog
+    pool: VerifierPool
 
 
 class _Pending(NamedTuple):
@@ -105,12 +109,20 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
 
     Raises:
         UserError: config and task do not fit, the directory holds another run or cannot be written,
-            a checkpoint is damaged, too many updates in a row were not finite.
+            a checkpoint is damaged, too many updates in a row were not finite, a reward function of
+            the user's fails.
     """
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
     if config.model.checkpoint:
         read_layout(config.model)  # what is wrong with its files is said before anything is written
+    with open_pool(config) as pool:
+        return _train(config, tokenizer, pool, progress)
+
+
+def _train(
+    config: Config, tokenizer: Tokenizer, pool: VerifierPool, progress: Progress
+) -> dict[str, Any]:
     mesh, model = make_mesh(config.mesh), Model(config.model)
     evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
     training = training_prompts(config, tokenizer)
@@ -138,7 +150,19 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
         if penalised:
             reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
     log = RunLog(directory, -1 if found is None else found)
-    run = _Run(config, model, mesh, tokenizer, training, data, evaluation, reference, manager, log)
+    run = _Run(
+        config,
+        model,
+        mesh,
+        tokenizer,
+        training,
+        data,
+        evaluation,
+        reference,
+        manager,
+        log,
+        pool,
+    )
     try:
         _steps(run, state, found, progress)
     finally:
@@ -184,6 +208,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 run.reference,
                 run.data,
                 _key(state, step, _ROLLOUT),
+                run.pool,
             )
             if pending is not None:
                 skipped = _finish(run, pending, skipped)
@@ -268,6 +293,7 @@ def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
         state.params,
         run.evaluation,
         _key(state, step, _EVALUATION),
+        run.pool,
         num_samples=run.config.run.evaluation_samples,
     )
 

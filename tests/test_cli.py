@@ -70,9 +70,10 @@ def test_evaluate_and_generate_a_checkpoint(trained, capsys, tmp_path):
     directory, config = trained
     for checkpoint in (directory / "run", directory / "run" / "checkpoints" / "4"):
         command = ["evaluate", str(config), "--checkpoint", str(checkpoint)]
-        figures = tmp_path / "figures.json"
-        assert main([*command, "--prompts", "8", "--samples", "2", "--json", str(figures)]) == 0
-        assert 0 <= json.loads(figures.read_text())["val/avg@2"] <= 1
+        assert main([*command, "--prompts", "8", "--samples", "2"]) == 0
+    for step in ("6", "4"):
+        figures = json.loads((directory / f"run/evaluations/{step}/summary.json").read_text())
+        assert 0 <= figures["sets"]["reverse_digits"]["avg@2"]["mean"] <= 1
     capsys.readouterr()
     command = ["generate", str(config), "--checkpoint", str(directory / "run")]
     assert main([*command, "--prompt", "12=", "--prompt", "7="]) == 0

@@ -1,6 +1,7 @@
 """Prepared sets as prompts: every one once an epoch, whoever asks, wherever a run was stopped."""
 
 import dataclasses
+import re
 import shutil
 from collections import Counter
 
@@ -33,10 +34,9 @@ from occ_jax.data.tokenizer import load_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.metrics import read_rows
 from occ_jax.model_config import ModelConfig
-from occ_jax.rewards.exact_match import exact_match
 from tests.checkpoint_files import GOLDEN, change_json, write_tokenizer
 from tests.published_files import dapo_rows, json_lines, parquet, rows_of
-from tests.tiny import config_file
+from tests.tiny import config_file, score_completions
 
 SIZE = 23
 
@@ -315,6 +315,7 @@ def get_config():
         rollout=RolloutConfig(
             num_prompts=4, group_size=2, max_prompt_tokens=96, max_new_tokens=4
         ),
+        reward=RewardConfig(per_source=(("own", "exact_match"),), workers=1),
         algorithm=AlgorithmConfig(updates_per_rollout=2),
         run=RunConfig(
             directory={run!r}, evaluate_every=2, evaluation_prompts=4,
@@ -357,7 +358,8 @@ def test_prepare_train_resume_evaluate_generate(tmp_path, capsys):
     figures = ["--prompts", "4", "--samples", "2"]
     capsys.readouterr()
     assert main(["evaluate", str(config), *checkpoint, *figures]) == 0
-    assert "aime24/avg@2" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert re.search(r"^\| set +\| questions +\| +avg@2 .*\n\| -.*\n\| aime24 .*\n\| own ", table)
     assert main(["generate", str(config), *checkpoint, "--prompt", "what is 1 + 1?"]) == 0
     assert capsys.readouterr().out.startswith("what is 1 + 1?\n\n")
 
@@ -378,7 +380,8 @@ def test_digit_tasks_run_with_a_checkpoints_tokenizer(tokenizer, name):
             tokenizer.decode(completions[row][mask[row]].tolist())
             == f"{example.completion}<|im_end|>"
         )
-    np.testing.assert_array_equal(exact_match(config, tokenizer, examples, completions[:, None]), 1)
+    scores = score_completions(config, tokenizer, examples, completions[:, None])
+    np.testing.assert_array_equal(scores, 1)
 
 
 def test_a_tokenizer_that_needs_many_tokens_a_character_is_refused(tokenizer):
@@ -404,7 +407,8 @@ def test_only_the_exact_answer_is_right(tokenizer):
     }
     rows = [tokenizer.encode(text) for text in texts]
     ids = np.array([[row + [1] * (8 - len(row)) for row in rows]])
-    assert exact_match(config, tokenizer, [example], ids)[0].tolist() == list(texts.values())
+    scores = score_completions(config, tokenizer, [example], ids)
+    assert scores[0].tolist() == list(texts.values())
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, capsys):

@@ -27,10 +27,11 @@ from occ_jax.data.tasks import (
 )
 from occ_jax.data.tokenizer import ALPHABET, DIGITS, decode_completion
 from occ_jax.errors import UserError
-from occ_jax.rewards.exact_match import exact_match
+from tests.tiny import score_completions
 
 encode, decode = DIGITS.encode, DIGITS.decode
 PAD_ID, (EOS_ID,), VOCAB_SIZE = DIGITS.pad_id, DIGITS.eos_ids, DIGITS.vocab_size
+
 TASKS = ("reverse_digits", "sort_digits", "addition", "chained_sum")
 SPLITS = ("train", "evaluation")
 SMALLEST = {
@@ -315,7 +316,8 @@ def score(config, example, *completions):
     """Rewards of completions written as token lists or as texts that end themselves."""
     rows = [[*encode(row), EOS_ID] if isinstance(row, str) else list(row) for row in completions]
     ids = np.array([[row + [PAD_ID] * (WIDTH - len(row)) for row in rows]])
-    scores = exact_match(Config(task=config), DIGITS, [example], ids)
+    example = example._replace(source=config.name)
+    scores = score_completions(Config(task=config), DIGITS, [example], ids)
     assert scores.dtype == np.float32
     return scores[0].tolist()
 
@@ -326,7 +328,7 @@ def test_right_completions_earn_one(config, split, index):
     tokens, _ = encode_completions(config, DIGITS, examples)
     # Each problem with its own completion and the other's.
     pairs = np.stack([tokens, tokens[::-1]], axis=1)
-    scores = exact_match(Config(task=config), DIGITS, examples, pairs)
+    scores = score_completions(Config(task=config), DIGITS, examples, pairs)
     same = float(examples[0].answer == examples[1].answer)
     np.testing.assert_array_equal(scores, [[1, same], [1, same]])
 

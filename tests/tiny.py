@@ -1,16 +1,37 @@
 """The smallest experiment that still does everything, shared by the tests of whole runs."""
 
+import functools
 from pathlib import Path
+
+import numpy as np
 
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
+    RewardConfig,
     RolloutConfig,
     RunConfig,
     TaskConfig,
     WarmStartConfig,
 )
+from occ_jax.data.examples import Example
+from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.model_config import ModelConfig
+from occ_jax.rewards.pool import VerifierPool
+from occ_jax.rewards.scoring import judge_completions
+
+
+@functools.cache
+def one_worker() -> VerifierPool:
+    """A pool for all tests of a process; its worker ends with it."""
+    return VerifierPool(["exact_match", "last_step"], RewardConfig(workers=1))
+
+
+def score_completions(
+    config: Config, tokenizer: Tokenizer, examples: list[Example], completions: np.ndarray
+) -> np.ndarray:
+    """Scores of completions [P, G, R] of digit tasks."""
+    return judge_completions(one_worker(), config, tokenizer, examples, completions)[0]
 
 
 def tiny_config(directory: Path, **run: object) -> Config:

@@ -24,7 +24,8 @@ from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
-from occ_jax.rewards.exact_match import exact_match
+from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
+from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.losses import rollout_correction
@@ -47,6 +48,7 @@ class _Group(NamedTuple):
     prompts: list[Prompt]
     rollout: Rollout  # NumPy arrays, or device arrays when nothing was dropped
     scores: np.ndarray  # [P, G], the verifier's
+    judged: list[Judged]  # all that was, dropped groups included
 
 
 def collect(
@@ -58,30 +60,33 @@ def collect(
     reference: Params | None,
     prompts: grain.DatasetIterator[list[Prompt]],
     key: Key[Array, ""],
+    pool: VerifierPool,
 ) -> Experience:
     """Samples, scores and cuts into mini-batches.
 
     Args:
         model: the architecture.
-        config: sections task, dataset, rollout, algorithm, mtp.
+        config: sections task, dataset, rollout, reward, algorithm, mtp.
         mesh: where `params` lie.
         tokenizer: of the prompts.
         params: the policy.
         reference: trunk parameters of the KL penalty's reference, or None.
         prompts: yields `rollout.num_prompts` of them at a time.
         key: of this step.
+        pool: judges completions.
 
     Raises:
-        UserError: dynamic sampling found too few informative groups in `rollout.max_rounds`.
+        UserError: dynamic sampling found too few informative groups in `rollout.max_rounds`, or a
+            reward function of the user's fails on everything.
     """
     group = (
-        _dynamic(model, config, mesh, tokenizer, params, prompts, key)
+        _dynamic(model, config, mesh, tokenizer, params, prompts, key, pool)
         if config.rollout.dynamic_sampling
-        else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key)
+        else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key, pool)
     )
     mask = np.asarray(group.rollout.response_mask)
     lengths = mask.sum(axis=1).reshape(group.scores.shape)
-    rewards = group.scores
+    rewards = config.reward.wrong + (1 - config.reward.wrong) * group.scores
     if config.algorithm.overlong_buffer_tokens > 0:
         rewards = rewards + overlong_penalty(
             lengths,
@@ -108,6 +113,7 @@ def _sample_group(
     params: Params,
     prompts: list[Prompt],
     key: Key[Array, ""],
+    pool: VerifierPool,
 ) -> _Group:
     padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
@@ -115,8 +121,9 @@ def _sample_group(
     size = config.rollout.group_size
     tokens = np.asarray(rollout.tokens)[:, -config.rollout.max_new_tokens :]
     examples = [prompt.example for prompt in prompts]
-    scores = exact_match(config, tokenizer, examples, tokens.reshape(len(prompts), size, -1))
-    return _Group(prompts, rollout, scores)
+    tokens = tokens.reshape(len(prompts), size, -1)
+    scores, judged = judge_completions(pool, config, tokenizer, examples, tokens)
+    return _Group(prompts, rollout, scores, [judged])
 
 
 def _dynamic(
@@ -127,12 +134,14 @@ def _dynamic(
     params: Params,
     prompts: grain.DatasetIterator[list[Prompt]],
     key: Key[Array, ""],
+    pool: VerifierPool,
 ) -> _Group:
     """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
     wanted, size = config.rollout.num_prompts, config.rollout.group_size
     kept: list[Prompt] = []
     scores: list[np.ndarray] = []
     pieces: list[Rollout] = []
+    judged: list[Judged] = []
     for number in range(config.rollout.max_rounds):
         found = _sample_group(
             model,
@@ -142,7 +151,9 @@ def _dynamic(
             params,
             next(prompts),
             jax.random.fold_in(key, number),
+            pool,
         )
+        judged += found.judged
         keep = np.flatnonzero(informative_groups(found.scores))
         keep = keep[: wanted - len(kept)]
         kept_rows = (keep[:, None] * size + np.arange(size)[None, :]).reshape(-1)
@@ -154,7 +165,7 @@ def _dynamic(
             )
         )
         if len(kept) == wanted:
-            return _Group(kept, _join(pieces), np.concatenate(scores))
+            return _Group(kept, _join(pieces), np.concatenate(scores), judged)
     raise UserError(
         f"dynamic sampling kept {len(kept)} of {wanted} groups after rollout.max_rounds="
         f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
@@ -288,6 +299,7 @@ def _metrics(
         "response_length/mean": float(lengths.mean()),
         "response_length/clip_ratio": float(1.0 - ended.mean()),
         "rollout/tokens": float(mask.sum()),
+        **reward_metrics(group.judged),
     }
 
 

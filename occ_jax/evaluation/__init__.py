@@ -1,0 +1,1 @@
+"""What is made of an evaluation's answers: statistics, records on disk, tables."""

@@ -1,0 +1,205 @@
+"""What an evaluation keeps of every question, and the file it is kept in while it grows.
+
+A file is JSON lines: a header that says whose answers to what these are, then a line a question.
+An evaluation that was killed goes on after its last whole line, if and only if the header is the
+same: the same parameters, questions, sampling and verifier. So a file never holds two policies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from occ_jax.data.examples import Prompt
+from occ_jax.errors import UserError
+from occ_jax.rewards.pool import Judged
+
+_FORMAT = "occ_jax evaluation, version 1"
+
+
+class Sampled(NamedTuple):
+    """The n answers to one question, before they are judged."""
+
+    tokens: np.ndarray  # int [n, R], up to R new tokens each
+    texts: list[str]
+    lengths: list[int]  # tokens
+    truncated: list[bool]  # cut by the length limit
+    figures: dict[str, float]  # of the question: "objective", "agreed_1", "drafted_1", ...
+
+
+class Record(NamedTuple):
+    """One question with its n answers, judged."""
+
+    id: str
+    source: str
+    answer: str  # the right one
+    scores: list[float]  # n
+    given: list[str | None]  # the answers, normalised by the verifier
+    lengths: list[int]
+    truncated: list[bool]
+    failures: list[str]  # "timeout", "death" or "error" of the verifier, else ""
+    figures: dict[str, float]
+    completions: list[str] | None = None  # whole texts, where they are kept
+
+
+class RecordFile:
+    """The records of one policy on one set; appended to as they come."""
+
+    def __init__(self, path: Path, header: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+        """Opens the file, or makes it.
+
+        Args:
+            path: the file; its directory is made.
+            header: what the records depend on; JSON values.
+            prompts: the questions, in order.
+
+        Raises:
+            UserError: it holds the records of something else, is damaged or cannot be written.
+        """
+        self._path = path
+        header = {"format": _FORMAT, **header, **_questions(prompts)}
+        header = json.loads(json.dumps(header))  # as it is read back: tuples are lists
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = _read(path) if path.exists() else None
+            if found is not None:
+                _require_same(path, found[0], header)
+            self.records = found[1] if found is not None else []
+            lines = [header, *(record._asdict() for record in self.records)]
+            # Anew, without the line that a kill cut short.
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(partial, path)
+            self._file: IO[str] = path.open("a")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Adds records; they are on disk when it returns."""
+        self._file.write("".join(json.dumps(record._asdict()) + "\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records.extend(records)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def ask(
+    prompts: Sequence[Prompt],
+    sample: Callable[[Sequence[Prompt], int], list[Sampled]],
+    judge: Callable[[Sequence[Prompt], np.ndarray], Judged],
+    *,
+    chunk: int,
+    file: RecordFile | None = None,
+    keep_completions: bool = False,
+    show: Callable[[list[Record]], None] = lambda _: None,
+) -> list[Record]:
+    """Samples and judges answers to all questions that `file` does not hold yet.
+
+    Args:
+        prompts: Q questions.
+        sample: answers a chunk of them that begins at a position. The same chunk must get the same
+            answers, so that one of which a kill left only a part can be asked again.
+        judge: verdicts on token ids [P, n, R], question by question.
+        chunk: questions a call; the last may be fewer.
+        file: where records are kept, and those of an earlier start come from.
+        keep_completions: keep whole texts too.
+        show: is told the records there are after every chunk.
+
+    Returns:
+        Q records, in the order of the questions.
+    """
+    records = list(file.records) if file is not None else []
+    for start in range(0, len(prompts), chunk):
+        part = prompts[start : start + chunk]
+        held = max(0, len(records) - start)
+        if held >= len(part):
+            continue
+        answers = sample(part, start)
+        judged = judge(part, np.stack([answer.tokens for answer in answers]))
+        fresh = [
+            _record(prompt, answer, judged, place, keep_completions)
+            for place, (prompt, answer) in enumerate(zip(part, answers, strict=True))
+        ][held:]
+        if file is not None:
+            file.append(fresh)
+        records += fresh
+        show(records)
+    return records
+
+
+def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The header and the records of a file.
+
+    Raises:
+        UserError: it cannot be read or is no file of records.
+    """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _record(prompt: Prompt, answer: Sampled, judged: Judged, place: int, keep: bool) -> Record:
+    count = len(answer.lengths)
+    mine = slice(place * count, (place + 1) * count)
+    return Record(
+        id=prompt.example.id,
+        source=prompt.example.source,
+        answer=prompt.example.answer,
+        scores=[float(score) for score in judged.scores[mine]],
+        given=judged.given[mine],
+        lengths=answer.lengths,
+        truncated=answer.truncated,
+        failures=judged.failures[mine],
+        figures=answer.figures,
+        completions=answer.texts if keep else None,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """All whole lines; one that a kill cut short can only be the last."""
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    values: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+            if number > 1:
+                Record(**values[-1])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} line {number} is damaged: {error}") from error
+    if not values or values[0].get("format") != _FORMAT:
+        if not values and not rest:
+            raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is no file of evaluation records")
+    return values[0], [Record(**value) for value in values[1:]]
+
+
+def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    changed = [
+        f"{name} {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in dict.fromkeys((*there, *here))
+        if there.get(name) != here.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{path} holds the records of another evaluation ({'; '.join(changed)}); choose "
+            "another --output"
+        )
+
+
+def _questions(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """How many there are, and a digest of all that is asked and what is right."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        example = prompt.example
+        asked = [example.source, example.id, example.answer, prompt.tokens]
+        digest.update(json.dumps(asked).encode() + b"\n")
+    return {"num_questions": len(prompts), "questions": digest.hexdigest()[:16]}

@@ -1,0 +1,186 @@
+# pyright: strict
+"""Statistics of repeated answers to questions: pass@k, maj@k, intervals, paired differences.
+
+Pure functions on NumPy arrays. Questions are what an evaluation set is a sample of, so every
+interval is over them: an estimator gives one number a question, and the spread of those numbers
+holds all there is, the answers' own chance included (arXiv 2411.00640, section 2.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+_Z = 1.959963984540054  # 97.5% of a normal distribution lies below
+_MOST_ANSWERS = 1000  # to a question; binomial coefficients of more overflow
+
+
+class Interval(NamedTuple):
+    """A mean with half of its normal 95% confidence interval; NaN where there is no telling."""
+
+    mean: float
+    half_width: float
+
+
+class Paired(NamedTuple):
+    """How one policy differs from another on the same questions."""
+
+    difference: Interval  # second minus first
+    better: int  # questions on which the second has the higher number
+    worse: int
+    equal: int
+
+
+def pass_at_k(right: Integer[np.ndarray, " Q"], n: int, k: int) -> Float[np.ndarray, " Q"]:
+    r"""The chance that one of k answers is right, of each question, without bias.
+
+    With c of n answers right it is the share of the k-subsets of them that hold a right one,
+
+        1 - C(n-c, k) / C(n, k)  =  1 - \prod_{i=n-c+1}^{n} (1 - k/i).
+
+    Args:
+        right: c, how many of a question's n answers are right.
+        n: answers a question.
+        k: 1 to n. pass@1 is c / n, the question's part of avg@n.
+
+    Raises:
+        ValueError: k or a count is out of range.
+
+    Example:
+        >>> pass_at_k(np.array([0, 1, 2, 4]), n=4, k=2)
+        array([0.        , 0.5       , 0.83333333, 1.        ])
+
+    Source: Chen et al., arXiv 2107.03374, section 2.1.
+    """
+    _require_k(n, k)
+    right = np.asarray(right)
+    if right.size and not (right.min() >= 0 and right.max() <= n):
+        raise ValueError(f"counts from {right.min()} to {right.max()}; allowed: 0 to n={n}")
+    found = np.ones(right.shape)
+    for index, count in enumerate(right.tolist()):
+        if n - count >= k:
+            found[index] = 1.0 - math.prod(1.0 - k / i for i in range(n - count + 1, n + 1))
+    return found
+
+
+def majority_at_k(given: Sequence[str | None], scores: Sequence[int | float], k: int) -> float:
+    """What the most frequent of k answers to a question scores, without bias.
+
+    The mean over all k-subsets of the n answers: in each, the answer that most of them give wins,
+    ties share the win equally, and the winner scores what that answer scores. Those without an
+    answer do not vote; a subset of nothing else scores 0.
+
+    Args:
+        given: the n answers, normalised; None where a completion gives none.
+        scores: their scores; of an answer given several times, their mean counts.
+        k: 1 to n.
+
+    Raises:
+        ValueError: k is out of range, or `given` and `scores` differ in length.
+
+    Example:
+        >>> majority_at_k(["34", "34", "12"], [1, 1, 0], k=3)
+        1.0
+        >>> majority_at_k(["34", "34", "12"], [1, 1, 0], k=2)  # of three pairs, two are ties
+        0.6666666666666666
+    """
+    n = len(given)
+    _require_k(n, k)
+    if len(scores) != n:
+        raise ValueError(f"{n} answers with {len(scores)} scores")
+    by_answer: dict[str, list[float]] = {}
+    for answer, score in zip(given, scores, strict=True):
+        if answer is not None:
+            by_answer.setdefault(answer, []).append(float(score))
+    silent = n - sum(map(len, by_answer.values()))
+    values = [sum(found) / len(found) for found in by_answer.values()]
+    counts = [len(found) for found in by_answer.values()]
+    if k == n:
+        most = max(counts, default=0)
+        winners = [value for value, count in zip(values, counts, strict=True) if count == most]
+        return sum(winners) / len(winners) if winners else 0.0
+    if n > _MOST_ANSWERS:
+        raise ValueError(f"{n} answers; allowed with k < n: up to {_MOST_ANSWERS}")
+    total = 0.0
+    for index, value in enumerate(values):
+        if value != 0:
+            others = counts[:index] + counts[index + 1 :]
+            total += value * _chance_to_win(counts[index], others, silent, k)
+    return total
+
+
+def _chance_to_win(own: int, others: Sequence[int], silent: int, k: int) -> float:
+    """The share of the k-subsets that an answer wins, a tie of m counting as 1/m.
+
+    For each number of votes the answer may have, the subsets in which no other has more are counted
+    by a polynomial whose coefficients [ties, drawn] grow answer by answer.
+    """
+    total = 0.0
+    for votes in range(1, min(own, k) + 1):
+        rest, most_ties = k - votes, k // votes - 1
+        ways = np.zeros((most_ties + 1, rest + 1))
+        ways[0] = [math.comb(silent, drawn) for drawn in range(rest + 1)]
+        for count in others:
+            fewer = [math.comb(count, drawn) for drawn in range(min(votes - 1, count, rest) + 1)]
+            grown = np.stack([np.convolve(row, fewer)[: rest + 1] for row in ways])
+            if count >= votes and votes <= rest:
+                grown[1:, votes:] += math.comb(count, votes) * ways[:-1, : rest + 1 - votes]
+            ways = grown
+        shared = ways[:, rest] / np.arange(1, most_ties + 2)
+        total += math.comb(own, votes) * float(shared.sum())
+    return total / math.comb(own + sum(others) + silent, k)
+
+
+def interval(per_question: Float[np.ndarray, " Q"]) -> Interval:
+    """Mean over questions, SE = std / sqrt(Q) with one degree of freedom off.
+
+    Example:
+        >>> found = interval(np.array([0.0, 1.0, 0.5, 0.5]))  # std 0.408, SE 0.204
+        >>> found.mean, round(found.half_width, 3)
+        (0.5, 0.4)
+    """
+    count = len(per_question)
+    if count == 0:
+        return Interval(math.nan, math.nan)
+    mean = float(np.mean(per_question))
+    if count == 1:
+        return Interval(mean, math.nan)
+    return Interval(mean, float(_Z * np.std(per_question, ddof=1) / math.sqrt(count)))
+
+
+def paired(first: Float[np.ndarray, " Q"], second: Float[np.ndarray, " _"]) -> Paired:
+    """The mean difference between two policies, question by question.
+
+    What makes a question hard for both cancels, so the interval is narrower than that of two
+    independent means.
+
+    Raises:
+        ValueError: not the same number of questions.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} questions against {len(second)}")
+    differences = np.asarray(second) - np.asarray(first)
+    better, worse = int(np.sum(differences > 0)), int(np.sum(differences < 0))
+    return Paired(interval(differences), better, worse, len(differences) - better - worse)
+
+
+def mean_of_sets(sets: Sequence[Interval]) -> Interval:
+    """The mean over evaluation sets, every set counting alike, as papers report it.
+
+    The sets are fixed and their questions independent: the variance is the sum of theirs.
+    """
+    if not sets:
+        return Interval(math.nan, math.nan)
+    return Interval(
+        sum(found.mean for found in sets) / len(sets),
+        math.sqrt(sum(found.half_width**2 for found in sets)) / len(sets),
+    )
+
+
+def _require_k(n: int, k: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k}; allowed: 1 to n={n}")

@@ -1,0 +1,208 @@
+r"""Ten thousand hostile completions against every verifier: no hang, no crash, no false reward.
+
+Every completion is generated from a seed for an answer that it does not give, though many mention
+it. Some of each kind would stop an unprotected verifier for hours or take the process with it.
+Right completions stand among them and must all be rewarded.
+"""
+
+import random
+import time
+
+import pytest
+
+from occ_jax.config import RewardConfig
+from occ_jax.rewards.pool import Item, VerifierPool, reward_metrics
+
+COUNT, RIGHT = 10_000, 500
+DEADLINE = 1.0
+VERIFIERS = ("exact_match", "last_step", "math_dapo", "math_verify")
+DIGITS = str.maketrans("0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19")
+
+
+def box(text):
+    return f"\\boxed{{{text}}}"
+
+
+def wrap(rng, text):
+    """An expression as a final answer, in one of the forms that are read."""
+    return rng.choice(["\\boxed{%s}", "$\\boxed{%s}$", "Answer: $%s$", "Answer: %s"]) % text
+
+
+def words(rng):
+    return " ".join(rng.choices("so we get the sum of all roots and thus it is".split(), k=12))  # noqa: SIM905
+
+
+# Each takes a generator and the right answer, and returns a completion that does not give it.
+
+
+def undecided(rng, answer):
+    other = int(answer) + rng.randint(1, 99)
+    forms = [
+        f"I think {other} then {answer}",
+        f"I think ${other}$ then ${answer}$",
+        f"Answer: {answer} or {other}",
+        f"Answer: {other} or {answer}",
+        f"Answer: {answer}, {other}",
+        f"The answer is either ${answer}$ or ${other}$ .",
+        box(f"{answer} \\text{{ or }} {other}"),
+        box(f"{other}, {answer}"),
+        f"{answer} " * 50,
+        f"It is {answer}. Answer: {other}",
+        f"Answer: {answer}\nAnswer: {other}",
+    ]
+    return rng.choice(forms)
+
+
+def near_miss(rng, answer):
+    forms = ["-%s", "%s.5", "%s!", "%s^2", "\\sqrt{%s}", "%s+1", "\\frac{%s}{2}", "%s..", "%sx"]
+    forms += ["%s0", "1%s", "\\pm %s", "x \\ge %s", "[0, %s]", "(%s, 9)", "%s i", "\\{%s, 0\\}"]
+    return wrap(rng, rng.choice(forms) % answer)
+
+
+def many_boxes(rng, answer):
+    numbers = [str(n) for n in rng.sample(range(100, 1000), rng.randint(2, 60))]
+    numbers.insert(rng.randrange(len(numbers)), answer)
+    numbers.append(str(int(answer) + 1))
+    return rng.choice([" ", ", ", f" {words(rng)} "]).join(map(box, numbers))
+
+
+def megabyte(rng, answer):
+    fillers = ["x", " ", "\n", "$", "{", "\\boxed{", "Answer: ", "\\frac{1}{", "9", "答え"]
+    filler = rng.choice(fillers)
+    return f"Answer: {answer}\n{box(answer)} {answer}" + filler * (2**20 // len(filler))
+
+
+def unbalanced(rng, answer):
+    parts = ["{", "}", "\\boxed{", "\\frac{", "$", "\\(", "\\[", "\\left(", "(", "]", "7", "\\{"]
+    return box(answer) + "".join(rng.choices(parts, k=rng.randint(20, 120))) + "\\boxed{"
+
+
+def nested_boxes(rng, answer):
+    depth = rng.randint(2, 40)
+    return "\\boxed{" * depth + str(int(answer) + 1) + "}" * rng.randint(depth - 1, depth + 1)
+
+
+def nested_latex(rng, answer):
+    depth = rng.randint(2, 12)
+    kind = rng.choice(["\\frac{1}{", "\\sqrt{", "\\left({", "{", "|{", "-{", "\\text{"])
+    return wrap(rng, kind * depth + answer + "}" * depth + "+1")
+
+
+def towers(rng, answer):
+    a, b, c = rng.choices("3456789", k=3)
+    forms = [f"{a}^{{{b}^{{{c}^{{9}}}}}}", f"(({c}!)!)!", f"\\binom{{10^{b}}}{{5 \\cdot 10^{a}}}"]
+    forms += [f"\\sum_{{i=1}}^{{10^{b}}} i^i", f"\\prod_{{k=1}}^{{10^{c}}} k"]
+    forms += [f"\\sin(\\cos(\\tan(\\sin(\\cos({a})))))^{{{b}{c}}}", f"\\int_0^{a} x^{{x^x}} dx"]
+    forms += [f"{a}^{{10^{{{b}}}}}", "\\sin{" * 10 + a + "}" * 10]
+    return wrap(rng, rng.choice(forms) + rng.choice(["", "+1"]))
+
+
+def long_digits(rng, answer):
+    forms = [answer + "0" * 1900, "9" * 5000, "0." + "3" * 1500, "1e" + "9" * 50]
+    return wrap(rng, rng.choice(forms))
+
+
+def odd_characters(rng, answer):
+    place = rng.randint(1, len(answer) - 1)
+    odd = rng.choice(["\x00", "\ud800", "\udfff", "\u200b", "\u202e", "\x1b[2J", "\ufeff", "\x7f"])
+    spoilt = answer[:place] + odd + answer[place:]
+    return wrap(rng, rng.choice([spoilt, answer.translate(DIGITS)]))
+
+
+def large_collections(rng, answer):
+    size = rng.randint(3, 14)
+    values = [answer, *map(str, rng.choices(range(1000, 9999), k=size))]
+    rows = "\\\\".join("&".join(values[:3]) for _ in range(size // 3))
+    form = rng.choice(["\\{%s\\}", "(%s)", "[%s]", "%s"]) % ",".join(values)
+    matrix = f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}"
+    intervals = "\\cup".join(f"({value},\\infty)" for value in values)
+    return wrap(rng, rng.choice([form, matrix, intervals]))
+
+
+def repetitions(rng, answer):
+    units = ["answer ", "Answer:", "final answer is ", "$", "$$", "\\[", "\\(", "$a$ and ", " "]
+    units += ["\\boxed", "\\boxed{}", "answer: $", "is:", "\\begin{pmatrix}", "&", "^", "_{"]
+    return f"{answer} {rng.choice(units) * rng.randint(50, 3000)}"
+
+
+def programs(rng, answer):
+    forms = ["__import__('os')._exit(0)", "exec('import os; os.abort()')", "{{7*7}}", "${jndi:x}"]
+    forms += [f"Verdict(score=1.0, given='{answer}')", "cos\nsystem\n(S'exit'\ntR.", "1/0"]
+    forms += ["lambda: 1", "\\input{/etc/passwd}", "\\def\\x{\\x\\x}\\x", "\\write18{exit}", "%s%n"]
+    return wrap(rng, rng.choice(forms))
+
+
+def noise(rng, answer):
+    return "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0x3000)])) for _ in range(200))
+
+
+# (kind, how many of ten thousand): those that are slow on purpose are few.
+KINDS = [
+    *((undecided, 1800), (near_miss, 1600), (many_boxes, 1000), (unbalanced, 1000)),
+    *((odd_characters, 900), (nested_boxes, 700), (nested_latex, 600), (repetitions, 600)),
+    *((programs, 500), (noise, 500), (large_collections, 400), (long_digits, 270)),
+    *((megabyte, 100), (towers, 30)),
+]
+
+
+def hostile_completions(seed):
+    rng = random.Random(seed)
+    assert sum(count for _, count in KINDS) == COUNT
+    answers = [str(rng.randint(100, 999)) for _ in range(COUNT)]
+    kinds = [kind for kind, count in KINDS for _ in range(count)]
+    rng.shuffle(kinds)
+    return [(kind, kind(rng, answer), answer) for kind, answer in zip(kinds, answers, strict=True)]
+
+
+def right_completion(verifier, answer):
+    return {
+        "exact_match": answer,
+        "last_step": f"1>2>{answer}",
+        "math_dapo": f"It follows.\nAnswer: {answer}",
+        "math_verify": f"It follows that it is \\boxed{{{answer}}}.",
+    }[verifier]
+
+
+def test_generation_is_repeatable():
+    first, second = hostile_completions(0), hostile_completions(0)
+    assert first == second
+    assert first != hostile_completions(1)
+    assert all(len(text) > 1_000_000 for kind, text, _ in first if kind is megabyte)
+
+
+@pytest.mark.slow
+def test_hostile_completions_neither_hang_nor_crash_nor_earn(capsys):
+    hostile = hostile_completions(seed=0)
+    started = time.monotonic()
+    reports = []
+    with VerifierPool(VERIFIERS, RewardConfig(workers=2, deadline_s=DEADLINE)) as pool:
+        for verifier in VERIFIERS:
+            items = [Item(verifier, text, answer) for _, text, answer in hostile]
+            rng = random.Random(1)
+            right = sorted(rng.sample(range(COUNT + RIGHT), RIGHT))
+            for place in right:
+                answer = str(rng.randint(100, 999))
+                items.insert(place, Item(verifier, right_completion(verifier, answer), answer))
+            judged = pool.judge(items)
+            found = reward_metrics([judged])
+            reports.append((verifier, found))
+            rewarded = {index for index, score in enumerate(judged.scores) if score != 0}
+            false = [items[index] for index in sorted(rewarded - set(right))]
+            assert not false, (
+                f"{verifier} rewards {[(i.completion[-80:], i.answer) for i in false]}"
+            )
+            assert rewarded == set(right), f"{verifier} lost right completions"
+            # Everything that is not a time-out is quick; a time-out costs a deadline and a start.
+            bound = 60 + found["reward/timeouts"] * (DEADLINE + 2) / 2
+            assert judged.seconds < bound
+            assert found["reward/timeouts"] + found["reward/deaths"] <= 60
+    with capsys.disabled():
+        print(f"\n{COUNT:,} hostile completions, {RIGHT} right ones, 2 workers, {DEADLINE} s each")
+        print(f"{'verifier':12} {'seconds':>8} {'items/s':>9}  time-outs  deaths  errors")
+        for verifier, found in reports:
+            print(
+                f"{verifier:12} {found['timing_s/reward']:8.1f} "
+                f"{found['perf/reward_throughput']:9,.0f}  {found['reward/timeouts']:9.0f}  "
+                f"{found['reward/deaths']:6.0f}  {found['reward/errors']:6.0f}"
+            )
+        print(f"false rewards 0, lost rewards 0, {time.monotonic() - started:.0f} s in all")
