@@ -696,13 +696,6 @@ def _require_dataset_fits(config: Config) -> None:
     width, steps = config.rollout.max_prompt_tokens, config.warm_start.steps
     _require(width > 0, "rollout.max_prompt_tokens", width, f"positive with dataset.name {name}")
     _require(
-        bool(config.model.checkpoint),
-        "model.checkpoint",
-        config.model.checkpoint,
-        f"a Hugging Face checkpoint's directory with dataset.name {name}, whose text the digit "
-        "alphabet cannot spell",
-    )
-    _require(
         steps == 0,
         "warm_start.steps",
         steps,

@@ -288,12 +288,20 @@ def _figures(row: Row) -> dict[str, float]:
 
 
 def check_task_fits(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuses a model or rollout too small for the tokenizer and the prompts.
+    """Refuses what a config may be planned with but no run can start from.
+
+    Problems need a checkpoint's tokenizer; model and rollout must be as large as tokenizer and
+    prompts ask for.
 
     Raises:
-        UserError: naming the field and the least it must be.
+        UserError: naming the field and what it must be.
     """
     task, rollout, model = config.task, config.rollout, config.model
+    if config.dataset.name and not model.checkpoint:
+        raise UserError(
+            "model.checkpoint is ''; it must be a Hugging Face checkpoint's directory with "
+            f"dataset.name {config.dataset.name}, whose text the digit alphabet cannot spell"
+        )
     least = [
         ("model.vocab_size", model.vocab_size, tokenizer.vocab_size, "the tokenizer"),
     ]
