@@ -162,7 +162,7 @@ def test_the_mesh_divides_the_model(name):
             held += leaf.size / math.prod(axes[axis] for axis in sharding.spec if axis)
             whole += leaf.size
     assert whole > 0.999 * sum(PARAMETERS[name][:2])
-    assert held == pytest.approx(whole / math.prod(shape), rel=0.002)
+    assert held == pytest.approx(whole / math.prod(shape), rel=0.01)
 
 
 @pytest.mark.parametrize("regime", ["detach", "ce", "policy", "occ"])
