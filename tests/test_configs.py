@@ -1,5 +1,7 @@
 """The configs that ship: each loads, and the paper's recipes carry the paper's numbers."""
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from occ_jax.models import Model
 from occ_jax.sharding import AXES, state_shardings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+GOLDEN = Path(__file__).parent / "golden"
 RECIPES = ("mimo_7b_dapo", "mimo_7b_gspo", "glm45_air_dapo")
 
 # arXiv 2605.28184, the experiment; dual clip and dynamic sampling are DAPO's.
@@ -113,6 +116,31 @@ PARAMETERS = {  # (trunk, module), and what the names of the models promise, in 
     "glm45_air_dapo": (GLM_TRUNK, GLM_MTP, 109.23),
 }
 
+# What the published config.json files say where the tiny ones in tests/golden say something else.
+PUBLISHED_SIZES = {
+    "mimo": {
+        "hidden_size": H,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_680,
+    },
+    "glm_air": {
+        "hidden_size": H,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_attention_heads": 96,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151_552,
+    },
+}
+
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_loads_and_names_its_command(path):
@@ -143,6 +171,16 @@ def test_recipes_have_the_published_parameters(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["trunk"])) == trunk
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["mtp"])) == module
     assert round((trunk + module) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize(("name", "family"), zip(RECIPES, ("mimo", "mimo", "glm_air"), strict=True))
+def test_the_model_written_out_is_the_checkpoints(name, family, tmp_path):
+    """Planning without the weights plans the run with them."""
+    tiny = json.loads((GOLDEN / family / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tiny | PUBLISHED_SIZES[family]))
+    recipe = str(CONFIGS / f"{name}.py")
+    found = load_config(recipe, ["--model.checkpoint", str(tmp_path)]).model
+    assert dataclasses.replace(found, checkpoint="") == load_config(recipe).model
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
