@@ -7,6 +7,7 @@ everything before and after them stays on device.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Experience(NamedTuple):
     batches: list[Batch]  # updates_per_rollout mini-batches, on device
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # the first completions, readable
+    started: float  # time.monotonic() when the policy was there: earlier updates were done
 
 
 class _Group(NamedTuple):
@@ -47,6 +49,10 @@ class _Group(NamedTuple):
     prompts: list[Prompt]
     rollout: Rollout  # NumPy arrays, or device arrays when nothing was dropped
     scores: np.ndarray  # [P, G], the verifier's
+    uniform: float  # share of the groups sampled, dropped ones too, that score alike throughout
+    started: float  # as in Experience
+    reward_seconds: float
+    rounds: int = 1  # rollouts that it took
 
 
 def collect(
@@ -79,6 +85,7 @@ def collect(
         if config.rollout.dynamic_sampling
         else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key)
     )
+    seconds = time.monotonic() - group.started
     mask = np.asarray(group.rollout.response_mask)
     lengths = mask.sum(axis=1).reshape(group.scores.shape)
     rewards = group.scores
@@ -93,10 +100,16 @@ def collect(
     rollout = jax.device_put(group.rollout, row_shardings(mesh, group.rollout))
     batches = split(params, reference, rollout, jnp.asarray(rewards, jnp.float32))
     tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    metrics = _metrics(tokenizer, group, rewards, lengths, tokens, mask)
+    if config.rollout.dynamic_sampling:
+        metrics["train/num_gen_batches"] = float(group.rounds)
+    metrics["timing_s/rollout"] = seconds - group.reward_seconds
+    metrics["timing_s/reward"] = group.reward_seconds
     return Experience(
         batches=batches,
-        metrics=_metrics(tokenizer, group, rewards, lengths, tokens, mask),
+        metrics=metrics,
         samples=_samples(config, tokenizer, group, rewards, tokens),
+        started=group.started,
     )
 
 
@@ -112,11 +125,18 @@ def _sample_group(
     padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     rollout = _sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
+    # The rollout is under way, behind the updates that make `params`: waiting for these costs
+    # nothing and tells the two apart.
+    jax.block_until_ready(params)
+    started = time.monotonic()
     size = config.rollout.group_size
     tokens = np.asarray(rollout.tokens)[:, -config.rollout.max_new_tokens :]
     examples = [prompt.example for prompt in prompts]
+    sampled = time.monotonic()
     scores = exact_match(config, tokenizer, examples, tokens.reshape(len(prompts), size, -1))
-    return _Group(prompts, rollout, scores)
+    seconds = time.monotonic() - sampled
+    uniform = 1.0 - float(informative_groups(scores).mean())
+    return _Group(prompts, rollout, scores, uniform, started, seconds)
 
 
 def _dynamic(
@@ -131,6 +151,7 @@ def _dynamic(
     """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
     wanted, size = config.rollout.num_prompts, config.rollout.group_size
     kept: list[Prompt] = []
+    drawn: list[_Group] = []
     scores: list[np.ndarray] = []
     pieces: list[Rollout] = []
     for number in range(config.rollout.max_rounds):
@@ -143,6 +164,7 @@ def _dynamic(
             next(prompts),
             jax.random.fold_in(key, number),
         )
+        drawn.append(found)
         keep = np.flatnonzero(informative_groups(found.scores))
         keep = keep[: wanted - len(kept)]
         kept_rows = (keep[:, None] * size + np.arange(size)[None, :]).reshape(-1)
@@ -152,7 +174,15 @@ def _dynamic(
             map_rows(lambda x, axis, keep=kept_rows: np.take(x, keep, axis), found.rollout)
         )
         if len(kept) == wanted:
-            return _Group(kept, _join(pieces), np.concatenate(scores))
+            return _Group(
+                kept,
+                _join(pieces),
+                np.concatenate(scores),
+                uniform=float(np.mean([group.uniform for group in drawn])),
+                started=drawn[0].started,
+                reward_seconds=sum(group.reward_seconds for group in drawn),
+                rounds=len(drawn),
+            )
     raise UserError(
         f"dynamic sampling kept {len(kept)} of {wanted} groups after rollout.max_rounds="
         f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
@@ -278,12 +308,19 @@ def _metrics(
     mask: np.ndarray,
 ) -> dict[str, float]:
     ended = np.any(np.isin(tokens, tokenizer.eos_ids) & mask, axis=1)
+    spread = {
+        f"{name}/{statistic}": float(getattr(values, statistic)())
+        for name, values in (
+            ("critic/score", group.scores),
+            ("critic/rewards", rewards),
+            ("response_length", lengths),
+        )
+        for statistic in ("mean", "max", "min")
+    }
     return {
-        "critic/score/mean": float(group.scores.mean()),
-        "critic/rewards/mean": float(rewards.mean()),
+        **spread,
         "critic/rewards/std": float(rewards.std()),
-        "critic/frac_reward_zero_std": float(1.0 - informative_groups(group.scores).mean()),
-        "response_length/mean": float(lengths.mean()),
+        "critic/frac_reward_zero_std": group.uniform,
         "response_length/clip_ratio": float(1.0 - ended.mean()),
         "rollout/tokens": float(mask.sum()),
     }
