@@ -588,6 +588,8 @@ class RunConfig:
     """Consecutive updates with a non-finite loss or gradient before training stops."""
     num_logged_samples: int = 2
     """Completions written to samples.jsonl each step."""
+    wandb_project: str = ""
+    """Weights & Biases project that metrics also go to (docs/metrics.md); "" for none."""
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -46,6 +46,7 @@ from occ_jax.progress import Progress
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
 from occ_jax.rollout.collect import Experience, collect
 from occ_jax.sharding import make_mesh
+from occ_jax.tracking import check_charts, open_charts
 from occ_jax.types import Params, TrainState
 from occ_jax.warm_start import starting_params
 
@@ -56,6 +57,7 @@ _MAY_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.wandb_project",
     "warm_start.cache_directory",
 }
 _ROLLOUT, _EVALUATION = 0, 1  # what a step's key is folded with
@@ -108,6 +110,7 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     """
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
+    check_charts(config)
     if config.model.checkpoint:
         read_layout(config.model)  # what is wrong with its files is said before anything is written
     mesh, model = make_mesh(config.mesh), Model(config.model)
@@ -133,7 +136,8 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     else:
         progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
         state = checkpoint.restore(manager, found, like, data)
-    log = RunLog(directory, -1 if found is None else found)
+    charts = open_charts(config, progress.say)
+    log = RunLog(directory, -1 if found is None else found, charts)
     run = _Run(config, model, mesh, tokenizer, training, data, evaluation, reference, manager, log)
     try:
         _steps(run, state, found, progress)
