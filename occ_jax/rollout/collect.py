@@ -171,7 +171,9 @@ def _dynamic(
         kept += [found.prompts[index] for index in keep]
         scores.append(found.scores[keep])
         pieces.append(
-            map_rows(lambda x, axis, keep=kept_rows: np.take(x, keep, axis), found.rollout)
+            map_rows(
+                lambda x, axis, keep=kept_rows: np.take(np.asarray(x), keep, axis), found.rollout
+            )
         )
         if len(kept) == wanted:
             return _Group(
