@@ -100,7 +100,7 @@ class Charts:
         self._guarded(lambda run: run.log(dict(scalars), step=step))
 
     def close(self) -> None:
-        """Returns when everything is on disk or, online, uploaded; or after a minute."""
+        """Returns when everything is handed over or, online, uploaded; or after a minute."""
         self._guarded(lambda run: run.finish())
         self._run = None
 

@@ -1,7 +1,11 @@
 """Metrics: every logged name is documented and the other way round; time told apart; charts."""
 
 import dataclasses
+import json
 import re
+import struct
+import sys
+import time
 import types
 from pathlib import Path
 
@@ -19,8 +23,9 @@ from occ_jax.config import (
     WarmStartConfig,
 )
 from occ_jax.errors import UserError
-from occ_jax.metrics import read_rows
+from occ_jax.metrics import RunLog, read_rows
 from occ_jax.progress import Progress
+from occ_jax.tracking import open_charts
 from occ_jax.train import train
 from tests.published_files import json_lines
 from tests.tiny import tiny_config
@@ -38,8 +43,8 @@ def documented() -> dict[str, re.Pattern[str]]:
         pattern = re.escape(name)
         for place in (r"\{k\}", r"\{n\}"):
             pattern = pattern.replace(place, r"\d+")
-        if name.startswith("val/") and name != "val/accuracy":
-            pattern = pattern.replace("val/", "val/(?:[a-z0-9_]+/)?", 1)
+        if name.startswith("val/"):
+            pattern = pattern.replace("val/", "val/(?:own/)?", 1)
         found[name] = re.compile(pattern)
     assert len(names) == len(found), "a name is in the document twice"
     return found
@@ -50,6 +55,7 @@ def everything(directory: Path):
     config = tiny_config(directory, steps=1, evaluate_every=1)
     return dataclasses.replace(
         config,
+        warm_start=dataclasses.replace(config.warm_start, steps=60),
         model=dataclasses.replace(
             config.model,
             num_mtp_modules=2,
@@ -60,7 +66,7 @@ def everything(directory: Path):
                 shared_intermediate_size=8,
             ),
         ),
-        rollout=dataclasses.replace(config.rollout, dynamic_sampling=True),
+        rollout=dataclasses.replace(config.rollout, dynamic_sampling=True, max_rounds=100),
         algorithm=AlgorithmConfig(
             updates_per_rollout=2, dual_clip=3.0, kl_coefficient=0.01, entropy_coefficient=0.01
         ),
@@ -76,7 +82,7 @@ def prepared(directory: Path):
     data = str(directory / "data")
     command = ["prepare", "own", "--source", str(source), "--data-directory", data, *columns]
     assert main(command) == 0
-    config = tiny_config(directory, steps=1, evaluate_every=1)
+    config = tiny_config(directory, steps=1, evaluate_every=1, wandb_project="tiny")
     return dataclasses.replace(
         config,
         dataset=DatasetConfig(
@@ -102,15 +108,22 @@ def prepared(directory: Path):
     )
 
 
+def cold(directory: Path, **run: object):
+    """Without the warm-up's compilation."""
+    return dataclasses.replace(tiny_config(directory, **run), warm_start=WarmStartConfig(steps=0))
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory, quick_compilation):
-    """Every name that runs log, and the rows."""
+    """Every name that runs log, the rows, and the config of the last run."""
     rows = []
     for make in (everything, prepared):
-        directory = tmp_path_factory.mktemp(make.__name__)
-        train(make(directory), Progress(quiet=True))
-        rows += read_rows(directory / "run" / "metrics.jsonl")
-    return {name for row in rows for name in row} - {"step", "per_update"}, rows
+        config = make(tmp_path_factory.mktemp(make.__name__))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WANDB_MODE", "offline")
+            train(config, Progress(quiet=True))
+        rows += read_rows(Path(config.run.directory) / "metrics.jsonl")
+    return {name for row in rows for name in row} - {"step", "per_update"}, rows, config
 
 
 def test_every_metric_is_documented(logged):
@@ -144,7 +157,7 @@ def test_dynamic_sampling_counts_what_it_drops(tmp_path, monkeypatch):
         return scores
 
     monkeypatch.setattr(occ_jax.rollout.collect, "exact_match", half)
-    config = tiny_config(tmp_path, steps=1)
+    config = cold(tmp_path, steps=1)
     rollout = dataclasses.replace(config.rollout, dynamic_sampling=True)
     train(dataclasses.replace(config, rollout=rollout), Progress(quiet=True))
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
@@ -173,9 +186,7 @@ def test_a_steps_time_is_its_own(tmp_path, monkeypatch):
     slowed(occ_jax.train, "_update", 100.0)
     slowed(occ_jax.train, "_evaluate", 1000.0)
     # Step 1 is fetched during the next rollout, 2 after an evaluation, 3 before a checkpoint.
-    train(
-        tiny_config(tmp_path, steps=4, evaluate_every=2, checkpoint_every=3), Progress(quiet=True)
-    )
+    train(cold(tmp_path, steps=4, evaluate_every=2, checkpoint_every=3), Progress(quiet=True))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")[1:]
     assert len(rows) == 4
     for row in rows:
@@ -190,67 +201,96 @@ def test_a_steps_time_is_its_own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone(monkeypatch, tmp_path):
     """No account, no server, none of the user's settings."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-class Said(Progress):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
+def chart_config(directory):
+    (directory / "run").mkdir(exist_ok=True)
+    return tiny_config(directory, wandb_project="tiny")
 
 
-def charts(directory):
-    """Run id and logged (step, λ) of every offline part, in order."""
+def write_steps(config, steps, say):
+    """What a run does between its start and its end; the first of `steps` is the next one."""
+    log = RunLog(Path(config.run.directory), steps[0] - 1, open_charts(config, say))
+    for step in steps:
+        log.write({"step": step, "actor/lr": step / 8, "per_update": {"occ/correlation_1": [1.0]}})
+    log.close()
+
+
+def records(data):
+    """Records of a file of wandb's: a LevelDB log after a header of seven bytes."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            yield whole
+            whole = b""
+
+
+def charts(config):
+    """Run id and logged rows of every offline part, in order."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
+    wandb.teardown()  # its process writes behind: wait for that
     found = []
-    for path in sorted((directory / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
-        store, points, run_id = DataStore(), [], ""
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+    for path in sorted(Path(config.run.directory).glob("wandb/offline-run-*/run-*.wandb")):
+        rows, run_id = [], ""
+        for data in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run":
-                run_id = record.run.run_id
-            if record.WhichOneof("record_type") == "history":
-                items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
-                points.append((int(items["_step"]), items.get("actor/lr")))
-        found.append((run_id, points))
+            run_id = record.run.run_id or run_id
+            items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+            if items:
+                kept = {name for name in items if name == "_step" or not name.startswith("_")}
+                rows.append({name: json.loads(items[name]) for name in kept})
+        found.append((run_id, rows))
     return found
 
 
 def test_charts_go_on_after_a_resume(tmp_path, alone):
-    said = Said()
-    for steps in (2, 4):
-        train(tiny_config(tmp_path, steps=steps, wandb_project="tiny"), said)
-    assert [line for line in said.lines if "wandb sync" in line] == [
-        f"Weights & Biases: offline; to upload, wandb sync {tmp_path}/run/wandb/offline-run-*"
-    ] * 2
-    (first, before), (second, after) = charts(tmp_path)
+    said = []
+    config = chart_config(tmp_path)
+    write_steps(config, [0, 1, 2], said.append)
+    time.sleep(1.1)  # parts are named by the second
+    write_steps(config, [2, 3], said.append)
+    parts = f"{config.run.directory}/wandb/offline-run-*"
+    assert said == [f"Weights & Biases: offline; to upload, wandb sync {parts}"] * 2
+    (first, before), (second, after) = charts(config)
     assert first == second != ""
-    assert [step for step, _ in before] == [0, 1, 2]
-    assert [step for step, _ in after] == [3, 4]
-    assert {float(rate) for _, rate in before[1:] + after} == {pytest.approx(3e-4)}
+    assert before == [{"_step": step, "actor/lr": step / 8} for step in (0, 1, 2)]
+    assert after == [{"_step": step, "actor/lr": step / 8} for step in (2, 3)]
 
 
 def test_a_server_out_of_reach_is_said_and_written_around(tmp_path, alone, monkeypatch):
     """Not logged in: the quickest way not to get through."""
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    said = Said()
-    train(tiny_config(tmp_path, steps=1, wandb_project="tiny"), said)
-    assert any("it cannot be reached (" in line for line in said.lines)
-    ((_, points),) = charts(tmp_path)
-    assert [step for step, _ in points] == [0, 1]
+    said = []
+    config = chart_config(tmp_path)
+    write_steps(config, [0, 1], said.append)
+    assert "offline, as it cannot be reached (No API key" in said[0]
+    ((_, rows),) = charts(config)
+    assert [row["_step"] for row in rows] == [0, 1]
+
+
+def test_disabled_charts_write_nothing(tmp_path, alone, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said = []
+    config = chart_config(tmp_path)
+    write_steps(config, [0, 1], said.append)
+    assert not said
+    assert not charts(config)
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
 @pytest.mark.parametrize(
@@ -260,23 +300,34 @@ def test_a_server_out_of_reach_is_said_and_written_around(tmp_path, alone, monke
 def test_charts_that_cannot_be_are_refused_first(tmp_path, monkeypatch, mode, missing, said):
     monkeypatch.setenv("WANDB_MODE", mode)
     if missing:  # as in a directory that holds wandb's output: a package of nothing
-        monkeypatch.setitem(__import__("sys").modules, "wandb", types.ModuleType("wandb"))
-        monkeypatch.delitem(__import__("sys").modules, "wandb.errors", raising=False)
+        monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+        monkeypatch.delitem(sys.modules, "wandb.errors", raising=False)
     with pytest.raises(UserError, match=said):
         train(tiny_config(tmp_path, wandb_project="tiny"), Progress(quiet=True))
     assert not (tmp_path / "run").exists()
 
 
-def test_trouble_with_charts_does_not_end_training(tmp_path, alone, monkeypatch):
+def test_trouble_with_charts_ends_the_charts_alone(tmp_path, alone, monkeypatch):
     import wandb
 
     def fail(*_, **__):
         raise BrokenPipeError("the service has died")
 
     monkeypatch.setattr(wandb.Run, "log", fail)
-    said = Said()
-    train(tiny_config(tmp_path, steps=2, wandb_project="tiny"), said)
-    assert [line for line in said.lines if "no more charts" in line] == [
-        "Weights & Biases: no more charts (the service has died)"
-    ]
+    said = []
+    write_steps(chart_config(tmp_path), [0, 1, 2], said.append)
+    assert said[1:] == ["Weights & Biases: no more charts (the service has died)"]
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+def test_a_training_run_is_charted(logged):
+    """The prepared one was told to be."""
+    ((run_id, rows),) = charts(logged[2])
+    directory = Path(logged[2].run.directory)
+    assert json.loads((directory / "wandb.json").read_text()) == {"id": run_id}
+    written = [
+        {name: value for name, value in row.items() if name not in ("step", "per_update")}
+        | {"_step": row["step"]}
+        for row in read_rows(directory / "metrics.jsonl")
+    ]
+    assert rows == written
