@@ -173,7 +173,9 @@ def test_recipes_have_the_published_parameters(name):
     assert round((trunk + module) / 1e9, 2) == billions
 
 
-@pytest.mark.parametrize(("name", "family"), zip(RECIPES, ("mimo", "mimo", "glm_air"), strict=True))
+@pytest.mark.parametrize(
+    ("name", "family"), list(zip(RECIPES, ("mimo", "mimo", "glm_air"), strict=True))
+)
 def test_the_model_written_out_is_the_checkpoints(name, family, tmp_path):
     """Planning without the weights plans the run with them."""
     tiny = json.loads((GOLDEN / family / "config.json").read_text())
