@@ -380,6 +380,8 @@ class RunConfig:
     """Consecutive updates with a non-finite loss or gradient before training stops."""
     num_logged_samples: int = 2
     """Completions written to samples.jsonl each step."""
+    wandb_project: str = ""
+    """Weights & Biases project that metrics also go to (docs/metrics.md); "" for none."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -488,13 +490,6 @@ def _require_dataset_fits(config: Config) -> None:
         return
     width, steps = config.rollout.max_prompt_tokens, config.warm_start.steps
     require(width > 0, "rollout.max_prompt_tokens", width, f"positive with dataset.name {name}")
-    require(
-        bool(config.model.checkpoint),
-        "model.checkpoint",
-        config.model.checkpoint,
-        f"a Hugging Face checkpoint's directory with dataset.name {name}, whose text the digit "
-        "alphabet cannot spell",
-    )
     require(
         steps == 0,
         "warm_start.steps",

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, samples.jsonl, TensorBoard events.
+"""What a run writes while it goes: metrics.jsonl, samples.jsonl, TensorBoard events, charts.
 
 One line of metrics.jsonl is one step, in order, no step twice: a run that resumes from step s drops
 what it had written beyond s. Lines of steps up to a checkpoint are on disk before it is.
@@ -14,14 +14,17 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from occ_jax.tracking import Charts
+
 Row = dict[str, Any]
 
 
 class RunLog:
     """Open files of a run directory."""
 
-    def __init__(self, directory: Path, resume_step: int) -> None:
+    def __init__(self, directory: Path, resume_step: int, charts: Charts | None = None) -> None:
         """Opens, and drops rows of steps after `resume_step`; -1 for a fresh run."""
+        self._charts = charts
         self._metrics = _open_after(directory / "metrics.jsonl", resume_step)
         self._samples = _open_after(directory / "samples.jsonl", resume_step)
         self._events = SummaryWriter(
@@ -29,11 +32,17 @@ class RunLog:
         )
 
     def write(self, row: Row) -> None:
-        """Appends one step; numbers also become TensorBoard scalars."""
+        """Appends one step; numbers also become TensorBoard scalars and charts."""
         self._metrics.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._events.add_scalar(name, value, row["step"])
+        scalars = {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, row["step"])
+        if self._charts is not None:
+            self._charts.write(row["step"], scalars)
 
     def write_samples(self, samples: Iterable[Row]) -> None:
         """Appends completions."""
@@ -53,6 +62,8 @@ class RunLog:
         self._metrics.close()
         self._samples.close()
         self._events.close()
+        if self._charts is not None:
+            self._charts.close()
 
 
 def read_rows(path: Path) -> list[Row]:

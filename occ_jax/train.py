@@ -47,8 +47,9 @@ from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
 from occ_jax.rewards.scoring import open_pool
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
-from occ_jax.rollout.collect import collect
+from occ_jax.rollout.collect import Experience, collect
 from occ_jax.sharding import make_mesh
+from occ_jax.tracking import check_charts, open_charts
 from occ_jax.types import Params, TrainState
 from occ_jax.warm_start import starting_params
 
@@ -60,6 +61,7 @@ _MAY_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.wandb_project",
     "warm_start.cache_directory",
 }
 _ROLLOUT, _EVALUATION = 0, 1  # what a step's key is folded with
@@ -94,7 +96,7 @@ class _Pending(NamedTuple):
     row: Row
     updates: list[Metrics]
     samples: list[dict[str, Any]]
-    started: float
+    started: float  # time.monotonic() when the updates before this step were done
 
 
 def train(config: Config, progress: Progress) -> dict[str, Any]:
@@ -114,6 +116,7 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
     """
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
+    check_charts(config)
     if config.model.checkpoint:
         read_layout(config.model)  # what is wrong with its files is said before anything is written
     with open_pool(config) as pool:
@@ -149,7 +152,8 @@ def _train(
         reference = None
         if penalised:
             reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
-    log = RunLog(directory, -1 if found is None else found)
+    charts = open_charts(config, progress.say)
+    log = RunLog(directory, -1 if found is None else found, charts)
     run = _Run(
         config,
         model,
@@ -198,20 +202,9 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
         _stop_requests() as stop,
     ):
         for step in range((found or 0) + 1, total + 1):
-            started = time.monotonic()
-            experience = collect(
-                run.model,
-                run.config,
-                run.mesh,
-                run.tokenizer,
-                state.params,
-                run.reference,
-                run.data,
-                _key(state, step, _ROLLOUT),
-                run.pool,
-            )
+            experience = _collect(run, state, step)
             if pending is not None:
-                skipped = _finish(run, pending, skipped)
+                skipped = _finish(run, pending, experience.started, skipped)
                 watched |= pending.row
                 show(step - 1, _figures(watched))
             state, updates = _update(run, state, experience.batches, step)
@@ -219,21 +212,40 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 {"step": step, **experience.metrics, **_data_figures(run)},
                 updates,
                 experience.samples,
-                started,
+                experience.started,
             )
+            evaluates = step % config.evaluate_every == 0 or step == total
             stopping = step < total and bool(stop)  # read once: what stops here is saved here
-            if step % config.evaluate_every == 0 or step == total:
-                pending.row.update(_evaluate(run, state, step))
-            if step % config.checkpoint_every == 0 or step == total or stopping:
-                skipped = _finish(run, pending, skipped)
+            saves = step % config.checkpoint_every == 0 or step == total or stopping
+            if evaluates or saves:
+                jax.block_until_ready(state.params)  # what follows waits for them anyway
+                ended = time.monotonic()
+                if evaluates:
+                    pending.row.update(_evaluate(run, state, step))
+                skipped = _finish(run, pending, ended, skipped)
                 watched |= pending.row
                 show(step, _figures(watched))
                 pending = None
+            if saves:
                 run.log.flush()
                 checkpoint.save(run.manager, step, state, run.data)
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return
+
+
+def _collect(run: _Run, state: TrainState, step: int) -> Experience:
+    return collect(
+        run.model,
+        run.config,
+        run.mesh,
+        run.tokenizer,
+        state.params,
+        run.reference,
+        run.data,
+        _key(state, step, _ROLLOUT),
+        run.pool,
+    )
 
 
 def _update(
@@ -250,21 +262,29 @@ def _update(
     return state, metrics
 
 
-def _finish(run: _Run, pending: _Pending, skipped: int) -> int:
+def _finish(run: _Run, pending: _Pending, ended: float, skipped: int) -> int:
     """Fetches a step's update metrics and logs it; returns the skipped updates in a row.
 
     A row holds the mean over the step's updates, and under "per_update" the values in order.
+
+    Args:
+        run: where to log.
+        pending: the step.
+        ended: time.monotonic() when its updates were done; evaluation and checkpoints come after.
+        skipped: updates in a row that were skipped before this step.
     """
     updates = [
         {name: float(value) for name, value in metrics.items()}
         for metrics in jax.device_get(pending.updates)
     ]
-    seconds = time.monotonic() - pending.started
     per_update = {
         name: [metrics[name] for metrics in updates if name in metrics]
         for name in dict.fromkeys(name for metrics in updates for name in metrics)
     }
     pending.row.update({name: float(np.mean(values)) for name, values in per_update.items()})
+    seconds = ended - pending.started
+    spent = pending.row["timing_s/rollout"] + pending.row["timing_s/reward"]
+    pending.row["timing_s/update"] = seconds - spent
     pending.row["timing_s/step"] = seconds
     pending.row["perf/throughput"] = pending.row["rollout/tokens"] / seconds
     pending.row["per_update"] = {
@@ -318,12 +338,20 @@ def _figures(row: Row) -> dict[str, float]:
 
 
 def check_task_fits(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuses a model or rollout too small for the tokenizer and the prompts.
+    """Refuses what a config may be planned with but no run can start from.
+
+    Problems need a checkpoint's tokenizer; model and rollout must be as large as tokenizer and
+    prompts ask for.
 
     Raises:
-        UserError: naming the field and the least it must be.
+        UserError: naming the field and what it must be.
     """
     task, rollout, model = config.task, config.rollout, config.model
+    if config.dataset.name and not model.checkpoint:
+        raise UserError(
+            "model.checkpoint is ''; it must be a Hugging Face checkpoint's directory with "
+            f"dataset.name {config.dataset.name}, whose text the digit alphabet cannot spell"
+        )
     least = [
         ("model.vocab_size", model.vocab_size, tokenizer.vocab_size, "the tokenizer"),
     ]

@@ -276,7 +276,6 @@ def test_a_damaged_set_is_named(tmp_path, tokenizer):
         ({"dataset.template": "no place"}, "a text with {problem} in it once"),
         ({"dataset.chat": False, "dataset.thinking": "on"}, "dataset.chat is False"),
         ({"rollout.max_prompt_tokens": 0}, "rollout.max_prompt_tokens is 0"),
-        ({"model.checkpoint": ""}, "model.checkpoint is ''"),
         ({"warm_start.steps": 5}, "warm_start.steps is 5"),
     ],
 )

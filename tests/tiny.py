@@ -1,6 +1,7 @@
 """The smallest experiment that still does everything, shared by the tests of whole runs."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from occ_jax.config import (
 from occ_jax.data.examples import Example
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.model_config import ModelConfig
-from occ_jax.rewards.pool import VerifierPool
+from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 
 
@@ -32,6 +33,20 @@ def score_completions(
 ) -> np.ndarray:
     """Scores of completions [P, G, R] of digit tasks."""
     return judge_completions(one_worker(), config, tokenizer, examples, completions)[0]
+
+
+def verifier_saying(
+    scores_of: Callable[[np.ndarray], np.ndarray], after: Callable[[], float] = lambda: 0.0
+) -> Callable[..., tuple[np.ndarray, Judged]]:
+    """Stands for `judge_completions`: scores [P, G] of completions [P, G, R], `after` seconds."""
+
+    def judge(pool, config, tokenizer, examples, completions):
+        scores = scores_of(completions)
+        count = scores.size
+        flat = scores.reshape(-1).astype(np.float32)
+        return scores, Judged(flat, [None] * count, [""] * count, after())
+
+    return judge
 
 
 def tiny_config(directory: Path, **run: object) -> Config:

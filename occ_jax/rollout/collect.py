@@ -7,6 +7,7 @@ everything before and after them stays on device.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Experience(NamedTuple):
     batches: list[Batch]  # updates_per_rollout mini-batches, on device
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # the first completions, readable
+    started: float  # time.monotonic() when the policy was there: earlier updates were done
 
 
 class _Group(NamedTuple):
@@ -49,6 +51,9 @@ class _Group(NamedTuple):
     rollout: Rollout  # NumPy arrays, or device arrays when nothing was dropped
     scores: np.ndarray  # [P, G], the verifier's
     judged: list[Judged]  # all that was, dropped groups included
+    uniform: float  # share of the groups sampled, dropped ones too, that score alike throughout
+    started: float  # as in Experience
+    rounds: int = 1  # rollouts that it took
 
 
 def collect(
@@ -84,6 +89,7 @@ def collect(
         if config.rollout.dynamic_sampling
         else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key, pool)
     )
+    seconds = time.monotonic() - group.started
     mask = np.asarray(group.rollout.response_mask)
     lengths = mask.sum(axis=1).reshape(group.scores.shape)
     rewards = config.reward.wrong + (1 - config.reward.wrong) * group.scores
@@ -98,10 +104,15 @@ def collect(
     rollout = jax.device_put(group.rollout, row_shardings(mesh, group.rollout))
     batches = split(params, reference, rollout, jnp.asarray(rewards, jnp.float32))
     tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    metrics = _metrics(tokenizer, group, rewards, lengths, tokens, mask)
+    if config.rollout.dynamic_sampling:
+        metrics["train/num_gen_batches"] = float(group.rounds)
+    metrics["timing_s/rollout"] = seconds - metrics["timing_s/reward"]
     return Experience(
         batches=batches,
-        metrics=_metrics(tokenizer, group, rewards, lengths, tokens, mask),
+        metrics=metrics,
         samples=_samples(config, tokenizer, group, rewards, tokens),
+        started=group.started,
     )
 
 
@@ -118,12 +129,17 @@ def _sample_group(
     padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     rollout = _sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
+    # The rollout is under way, behind the updates that make `params`: waiting for these costs
+    # nothing and tells the two apart.
+    jax.block_until_ready(params)
+    started = time.monotonic()
     size = config.rollout.group_size
     tokens = np.asarray(rollout.tokens)[:, -config.rollout.max_new_tokens :]
     examples = [prompt.example for prompt in prompts]
     tokens = tokens.reshape(len(prompts), size, -1)
     scores, judged = judge_completions(pool, config, tokenizer, examples, tokens)
-    return _Group(prompts, rollout, scores, [judged])
+    uniform = 1.0 - float(informative_groups(scores).mean())
+    return _Group(prompts, rollout, scores, [judged], uniform, started)
 
 
 def _dynamic(
@@ -139,9 +155,9 @@ def _dynamic(
     """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
     wanted, size = config.rollout.num_prompts, config.rollout.group_size
     kept: list[Prompt] = []
+    drawn: list[_Group] = []
     scores: list[np.ndarray] = []
     pieces: list[Rollout] = []
-    judged: list[Judged] = []
     for number in range(config.rollout.max_rounds):
         found = _sample_group(
             model,
@@ -153,7 +169,7 @@ def _dynamic(
             jax.random.fold_in(key, number),
             pool,
         )
-        judged += found.judged
+        drawn.append(found)
         keep = np.flatnonzero(informative_groups(found.scores))
         keep = keep[: wanted - len(kept)]
         kept_rows = (keep[:, None] * size + np.arange(size)[None, :]).reshape(-1)
@@ -165,7 +181,15 @@ def _dynamic(
             )
         )
         if len(kept) == wanted:
-            return _Group(kept, _join(pieces), np.concatenate(scores), judged)
+            return _Group(
+                kept,
+                _join(pieces),
+                np.concatenate(scores),
+                judged=[judged for group in drawn for judged in group.judged],
+                uniform=float(np.mean([group.uniform for group in drawn])),
+                started=drawn[0].started,
+                rounds=len(drawn),
+            )
     raise UserError(
         f"dynamic sampling kept {len(kept)} of {wanted} groups after rollout.max_rounds="
         f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
@@ -291,12 +315,19 @@ def _metrics(
     mask: np.ndarray,
 ) -> dict[str, float]:
     ended = np.any(np.isin(tokens, tokenizer.eos_ids) & mask, axis=1)
+    spread = {
+        f"{name}/{statistic}": float(getattr(values, statistic)())
+        for name, values in (
+            ("critic/score", group.scores),
+            ("critic/rewards", rewards),
+            ("response_length", lengths),
+        )
+        for statistic in ("mean", "max", "min")
+    }
     return {
-        "critic/score/mean": float(group.scores.mean()),
-        "critic/rewards/mean": float(rewards.mean()),
+        **spread,
         "critic/rewards/std": float(rewards.std()),
-        "critic/frac_reward_zero_std": float(1.0 - informative_groups(group.scores).mean()),
-        "response_length/mean": float(lengths.mean()),
+        "critic/frac_reward_zero_std": group.uniform,
         "response_length/clip_ratio": float(1.0 - ended.mean()),
         "rollout/tokens": float(mask.sum()),
         **reward_metrics(group.judged),
