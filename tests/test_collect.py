@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import occ_jax.rollout.collect
-from occ_jax.config import RewardConfig
+from occ_jax.config import RewardConfig, WarmStartConfig
 from occ_jax.errors import UserError
 from occ_jax.metrics import read_rows
 from occ_jax.progress import Progress
@@ -18,21 +18,23 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def dynamic(directory, **rollout):
     config = tiny_config(directory, steps=1)
     rollout = dataclasses.replace(config.rollout, dynamic_sampling=True, **rollout)
-    return dataclasses.replace(config, rollout=rollout)
+    return dataclasses.replace(config, rollout=rollout, warm_start=WarmStartConfig(steps=0))
 
 
 def all_wrong(completions):
     return 0.0 * completions[:, :, 0]
 
 
+def every_second_group(completions):
+    """One completion in four is right in every second group."""
+    scores = all_wrong(completions)
+    scores[1::2, 0] = 1.0
+    return scores
+
+
 def test_groups_that_score_alike_are_drawn_again(tmp_path, monkeypatch):
     """Of every rollout's four groups the first and third are all wrong: two rollouts are needed."""
     drawn = []
-
-    def every_second_group(completions):
-        scores = all_wrong(completions)
-        scores[1::2, 0] = 1.0
-        return scores
 
     def judge(pool, config, tokenizer, examples, completions):
         drawn.append([example.prompt for example in examples])
@@ -56,9 +58,12 @@ def test_too_few_such_groups_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_wrong_answers_reward_is_the_configs(tmp_path, monkeypatch):
-    """DAPO's -1: the verifier says 0, advantages and metrics see -1."""
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", verifier_saying(all_wrong))
-    config = tiny_config(tmp_path, steps=1)
-    train(dataclasses.replace(config, reward=RewardConfig(wrong=-1.0)), Progress(quiet=True))
+    """DAPO's -1: the verifier says 0 to three in four, advantages and metrics see -1."""
+    judge = verifier_saying(every_second_group)
+    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
+    train(
+        dataclasses.replace(dynamic(tmp_path), reward=RewardConfig(wrong=-1.0)),
+        Progress(quiet=True),
+    )
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert (row["critic/score/mean"], row["critic/rewards/mean"]) == (0.0, -1.0)
+    assert (row["critic/score/mean"], row["critic/rewards/mean"]) == (0.25, -0.5)
