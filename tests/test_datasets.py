@@ -325,7 +325,7 @@ def get_config():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_prepare_train_resume_evaluate_generate(tmp_path, capsys):
+def test_prepare_train_resume_evaluate_compare_generate(tmp_path, capsys):
     own = [{"q": f"what is {index} + {index}?", "a": 2 * index} for index in range(3)]
     columns = ["--prompt-column", "q", "--answer-column", "a"]
     for name, file, *rest in (
@@ -353,12 +353,22 @@ def test_prepare_train_resume_evaluate_generate(tmp_path, capsys):
     for name in ("val/accuracy", "val/aime24/avg@2", "val/own/pass@2", "val/own/agreement_1"):
         assert 0 <= rows[-1][name] <= 1
 
-    checkpoint = ["--checkpoint", str(tmp_path / "run")]
     figures = ["--prompts", "4", "--samples", "2"]
-    capsys.readouterr()
-    assert main(["evaluate", str(config), *checkpoint, *figures]) == 0
+    for step in ("3", "4"):
+        checkpoint = ["--checkpoint", str(tmp_path / "run" / "checkpoints" / step)]
+        capsys.readouterr()
+        assert main(["evaluate", str(config), *checkpoint, *figures]) == 0
+        table = capsys.readouterr().out
+        assert re.search(
+            r"^\| set +\| questions +\| +avg@2 .*\n\| -.*\n\| aime24 .*\n\| own ", table
+        )
+    pair = [str(tmp_path / "run" / "evaluations" / step) for step in ("3", "4")]
+    assert main(["compare-evaluations", *pair]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"^\| set +\| questions +\| +avg@2 .*\n\| -.*\n\| aime24 .*\n\| own ", table)
+    for row in (r"aime24 +\| avg +\| +4", r"own +\| pass@2 +\| +3", r"mean of sets +\| avg"):
+        assert re.search(rf"^\| {row} ", table, re.M), table
+
+    checkpoint = ["--checkpoint", str(tmp_path / "run")]
     assert main(["generate", str(config), *checkpoint, "--prompt", "what is 1 + 1?"]) == 0
     assert capsys.readouterr().out.startswith("what is 1 + 1?\n\n")
 
