@@ -365,7 +365,7 @@ def test_prepare_train_resume_evaluate_compare_generate(tmp_path, capsys):
     pair = [str(tmp_path / "run" / "evaluations" / step) for step in ("3", "4")]
     assert main(["compare-evaluations", *pair]) == 0
     table = capsys.readouterr().out
-    for row in (r"aime24 +\| avg +\| +4", r"own +\| pass@2 +\| +3", r"mean of sets +\| avg"):
+    for row in (r"aime24 +\| +avg +\| +4", r"own +\| +pass@2 +\| +3", r"mean of sets +\| +avg"):
         assert re.search(rf"^\| {row} ", table, re.M), table
 
     checkpoint = ["--checkpoint", str(tmp_path / "run")]
