@@ -32,6 +32,7 @@ from occ_jax.sharding import make_mesh, replicated, rows, state_shardings
 from occ_jax.types import Batch
 
 B, P, R, V = 8, 4, 5, 16
+STORED = ("fsdp", "expert")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,30 +225,34 @@ def test_the_abstract_state_is_the_placed_one_without_its_arrays():
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
-        (("embed", "embedding"), (16, 32), Spec("tensor", "fsdp")),
-        (("head", "kernel"), (32, 16), Spec("fsdp", "tensor")),
-        (("layers", 0, 0, "mixer", "key", "kernel"), (32, 16), Spec("fsdp", "tensor")),
+        (("embed", "embedding"), (16, 32), Spec("tensor", STORED)),
+        (("head", "kernel"), (32, 16), Spec(STORED, "tensor")),
+        (("layers", 0, 0, "mixer", "key", "kernel"), (32, 16), Spec(STORED, "tensor")),
         (("layers", 0, 0, "mixer", "key", "bias"), (16,), Spec("tensor")),
-        (("layers", 0, 0, "mixer", "output", "kernel"), (16, 32), Spec("tensor", "fsdp")),
-        (("layers", 0, 0, "feed_forward", "gate", "kernel"), (32, 64), Spec("fsdp", "tensor")),
-        (("layers", 0, 0, "feed_forward", "down", "kernel"), (64, 32), Spec("tensor", "fsdp")),
-        ((0, "projection", "kernel"), (64, 32), Spec("tensor", "fsdp")),
+        (("layers", 0, 0, "mixer", "output", "kernel"), (16, 32), Spec("tensor", STORED)),
+        (("layers", 0, 0, "feed_forward", "gate", "kernel"), (32, 64), Spec(STORED, "tensor")),
+        (("layers", 0, 0, "feed_forward", "down", "kernel"), (64, 32), Spec("tensor", STORED)),
+        ((0, "projection", "kernel"), (64, 32), Spec("tensor", STORED)),
         (("final_norm", "scale"), (32,), Spec()),
-        # In front of a kernel: repeats of a scanned segment, experts.
-        (("mixer", "query", "kernel"), (3, 32, 16), Spec(None, "fsdp", "tensor")),
-        (("experts", "down"), (3, 4, 16, 32), Spec(None, None, "tensor", "fsdp")),
+        # In front of a kernel: repeats of a scanned segment.
+        (("mixer", "query", "kernel"), (3, 32, 16), Spec(None, STORED, "tensor")),
+        # Experts take the expert axis, and what they leave is for the other dimensions.
+        (("experts", "gate"), (4, 32, 16), Spec("expert", "fsdp", "tensor")),
+        (("experts", "down"), (3, 4, 16, 32), Spec(None, "expert", "tensor", "fsdp")),
         (("mixer", "query", "bias"), (3, 16), Spec(None, "tensor")),
         (("coefficient",), (2,), Spec()),
         # A dimension that the mesh does not divide is replicated, the other one is not.
-        (("embed", "embedding"), (15, 32), Spec(None, "fsdp")),
-        (("head", "kernel"), (30, 16), Spec(None, "tensor")),
+        (("embed", "embedding"), (15, 32), Spec(None, STORED)),
+        (("embed", "embedding"), (16, 30), Spec("tensor", "fsdp")),
+        (("experts", "gate"), (3, 32, 16), Spec(None, STORED, "tensor")),
+        (("head", "kernel"), (31, 16), Spec(None, "tensor")),
         (("layers", 0, 0, "mixer", "key", "bias"), (15,), Spec(None)),
         # As is what bears a parameter's name but not its rank.
         (("head", "kernel"), (), Spec()),
     ],
 )
 def test_the_table_of_shardings(path, shape, spec):
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))
     tree = jax.ShapeDtypeStruct(shape, jnp.float32)
     for name in reversed(path):
         tree = {name: tree}
@@ -255,8 +260,9 @@ def test_the_table_of_shardings(path, shape, spec):
     assert sharding.mesh == mesh and sharding.spec == spec
 
 
-def test_rows_lie_over_data_and_fsdp_together():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("axis", ["data", "expert"])
+def test_rows_lie_over_every_axis_but_tensor(axis):
+    mesh = make_mesh(MeshConfig(**{axis: 2}, fsdp=2, tensor=2))
     assert rows(mesh).shard_shape((8, 5)) == (2, 5)
     assert rows(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
     assert replicated(mesh).shard_shape((8, 5)) == (8, 5)
@@ -264,7 +270,7 @@ def test_rows_lie_over_data_and_fsdp_together():
 
 def test_a_mesh_may_be_smaller_than_the_machine():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
-    assert mesh.shape == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert mesh.shape == {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
@@ -272,5 +278,5 @@ def test_a_mesh_with_too_few_devices_is_one_clear_line():
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(data=4, fsdp=2, tensor=2))
     assert str(error.value) == (
-        "the mesh (data=4, fsdp=2, tensor=2) needs 16 devices; this process sees 8"
+        "the mesh (data=4, fsdp=2, tensor=2, expert=1) needs 16 devices; this process sees 8"
     )

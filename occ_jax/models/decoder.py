@@ -20,6 +20,7 @@ from occ_jax.model_config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.transformer import (
+    RESIDUAL,
     Block,
     LayerCache,
     LayerKind,
@@ -27,6 +28,7 @@ from occ_jax.models.transformer import (
     rematerialised,
     segments,
 )
+from occ_jax.sharding import constrain
 from occ_jax.types import Params
 
 Cache = Sequence[tuple[LayerCache, ...]]
@@ -65,7 +67,11 @@ class Ends(nnx.Module):
         kernel = self.embed.embedding[...].T if tied else self.head.kernel[...]
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
         out = jnp.dot(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
-        return out.reshape(*hidden.shape[:-1], -1)
+        return constrain(out.reshape(*hidden.shape[:-1], -1), "rows", None, "vocabulary")
+
+    def embeddings(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The token embedding."""
+        return constrain(self.embed(tokens), *RESIDUAL)
 
 
 @functools.cache
@@ -119,7 +125,7 @@ def run_trunk(
 ) -> TrunkOutput:
     """Embedding, layers, final norm; see `Model.trunk`."""
     frame = ends(config, theta)
-    x = frame.embed(tokens)
+    x = frame.embeddings(tokens)
     new: list[tuple[LayerCache, ...]] = []
     experts: list[Array] = []
     for index, segment in enumerate(segments(config)):

@@ -90,7 +90,7 @@ class Model:
 
     def embed(self, theta: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embedding, as the trunk and the MTP modules read it."""
-        return ends(self.config, theta).embed(tokens)
+        return ends(self.config, theta).embeddings(tokens)
 
     def mtp_module(
         self,

@@ -21,8 +21,11 @@ from occ_jax.models.delta_net import DeltaNet, DeltaState
 from occ_jax.models.latent_attention import LatentAttention, LatentCache
 from occ_jax.models.layers import SwiGLU, norm
 from occ_jax.models.moe import MoE
+from occ_jax.sharding import constrain
 
 LayerCache = KVCache | LatentCache | DeltaState
+
+RESIDUAL = ("rows", None, None)  # the residual stream [B, T, D], on every device whole rows of it
 
 
 class LayerKind(NamedTuple):
@@ -73,13 +76,13 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], columns: Columns, cache: LayerCache | None
     ) -> BlockOutput:
         mixed, new_cache = self.mixer(self.mixer_norm(x), columns, cache)
-        x = x + mixed
+        x = constrain(x + mixed, *RESIDUAL)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
             out, experts = self.feed_forward(normed)
         else:
             out, experts = self.feed_forward(normed), None
-        return BlockOutput(x + out, new_cache, experts)
+        return BlockOutput(constrain(x + out, *RESIDUAL), new_cache, experts)
 
 
 def layer_kinds(config: ModelConfig) -> list[LayerKind]:
