@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
-from occ_jax.types import map_rows
+from occ_jax.types import Params, map_rows
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -159,11 +159,55 @@ def parameter_spec(mesh: Mesh | AbstractMesh, path: tuple[Any, ...], shape: Sequ
 
     Optimizer moments end in the path of the parameter they belong to, so they follow it.
     """
+    names = _parameter_names(path, shape)
+    return P() if names is None else spec_of(mesh, names, shape)
+
+
+def _parameter_names(path: tuple[Any, ...], shape: Sequence[int]) -> Names | None:
     last = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path[-2:])
     names = _PARAMETERS.get(last)
-    if names is None or len(names) > len(shape):
-        return P()
-    return spec_of(mesh, names, shape)
+    return names if names is not None and len(names) <= len(shape) else None
+
+
+def gathered(params: Params, dtype: Any) -> Params:
+    """A layer's parameters as its products read them: split by `tensor` alone.
+
+    Said here and not left to XLA's partitioner, which meets an axis twice in a product, in the rows
+    of one operand and in the summed dimension of the other, and has more than one way out: some of
+    them cost more than the weights' way over the links, and some (jax 0.10) give wrong numbers.
+    Gradients are added up where the parameter is stored, in the type they are worked out in.
+
+    Args:
+        params: of one layer, whole or without the repeats of its segment. Experts stay where they
+            are (`occ_jax.models.moe`).
+        dtype: of the products; weights are rounded to it before they travel.
+    """
+    if current_mesh() is None:
+        return params
+
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = _parameter_names(path, leaf.shape)
+        if names is None or "residual" not in names or "experts" in names:
+            return leaf
+        return _gather(leaf.astype(dtype), names)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight: Array, names: Names) -> Array:
+    return constrain(weight, *(None if name == "residual" else name for name in names))
+
+
+def _gather_forward(weight: Array, names: Names) -> tuple[Array, None]:
+    return _gather(weight, names), None
+
+
+def _gather_backward(names: Names, _: None, cotangent: Array) -> tuple[Array]:
+    return (constrain(cotangent, *names),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -28,7 +28,7 @@ from occ_jax.models.transformer import (
     rematerialised,
     segments,
 )
-from occ_jax.sharding import constrain
+from occ_jax.sharding import constrain, gathered
 from occ_jax.types import Params
 
 Cache = Sequence[tuple[LayerCache, ...]]
@@ -113,7 +113,7 @@ def init_trunk(config: ModelConfig, key: Key[Array, ""]) -> Params:
 def ends(config: ModelConfig, theta: Params) -> Ends:
     """Embedding, final norm and head of a trunk."""
     own = {name: part for name, part in theta.items() if name != "layers"}
-    return nnx.merge(graph(Ends, config), own)
+    return nnx.merge(graph(Ends, config), gathered(own, config.dtype))
 
 
 def run_trunk(
@@ -155,7 +155,7 @@ def _run_segment(
         after: list[LayerCache] = []
         experts: list[Array] = []
         for place, kind in enumerate(segment.pattern):
-            block = nnx.merge(graph(Block, config, kind), blocks[place])
+            block = nnx.merge(graph(Block, config, kind), gathered(blocks[place], config.dtype))
             out = block(x, columns, None if before is None else before[place])
             x = out.x
             after.append(out.cache)

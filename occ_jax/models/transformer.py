@@ -21,7 +21,9 @@ from occ_jax.models.delta_net import DeltaNet, DeltaState
 from occ_jax.models.latent_attention import LatentAttention, LatentCache
 from occ_jax.models.layers import SwiGLU, norm
 from occ_jax.models.moe import MoE
-from occ_jax.sharding import constrain
+from occ_jax.sharding import constrain, current_mesh
+
+_GATHERS = "sharding_constraint"  # the primitive of `occ_jax.sharding.gathered`
 
 LayerCache = KVCache | LatentCache | DeltaState
 
@@ -129,8 +131,11 @@ def segments(config: ModelConfig) -> tuple[Segment, ...]:
 def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its intermediate results recomputed in the backward pass (`model.remat`)."""
     match config.remat:
-        case "none":
+        case "none" if current_mesh() is None:
             return function
+        case "none":
+            # All is kept but the weights that were gathered: kept, they would fill every device.
+            return jax.checkpoint(function, policy=lambda found, *_, **__: found.name != _GATHERS)
         case "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             return jax.checkpoint(function, policy=policy)
