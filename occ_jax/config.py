@@ -492,7 +492,7 @@ def _require_mesh_divides(mesh: MeshConfig, model: ModelConfig) -> None:
         tensor["intermediate_size"] = model.intermediate_size
     if moe is not None:
         tensor["moe.intermediate_size"] = moe.intermediate_size
-        tensor["moe.shared_intermediate_size"] = moe.shared_intermediate_size
+        tensor["moe.shared_intermediate_size"] = moe.shared_intermediate_size  # 0: no matter
     if latent is None:
         tensor["num_kv_heads"] = model.num_kv_heads
     else:
@@ -500,9 +500,11 @@ def _require_mesh_divides(mesh: MeshConfig, model: ModelConfig) -> None:
         stored["latent_attention.kv_rank"] = latent.kv_rank
     if net is not None:
         tensor["delta_net.num_value_heads"] = net.num_value_heads
-    for name, size in tensor.items():
-        allowed = f"a divisor of model.{name} ({size})"
-        require(size % mesh.tensor == 0, "mesh.tensor", mesh.tensor, allowed)
+    shared = math.gcd(*tensor.values())
+    fit = ", ".join(str(size) for size in range(1, shared + 1) if shared % size == 0)
+    sizes = ", ".join(f"model.{name} {size}" for name, size in tensor.items())
+    allowed = f"one of {fit}, the divisors of {sizes}"
+    require(shared % mesh.tensor == 0, "mesh.tensor", mesh.tensor, allowed)
     for name, size in stored.items():
         places = mesh.fsdp * mesh.expert
         allowed = f"such that mesh.fsdp x mesh.expert ({places}) divides model.{name} ({size})"

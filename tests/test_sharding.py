@@ -280,3 +280,60 @@ def test_a_mesh_with_too_few_devices_is_one_clear_line():
     assert str(error.value) == (
         "the mesh (data=4, fsdp=2, tensor=2, expert=1) needs 16 devices; this process sees 8"
     )
+
+
+MOE = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=8, shared_intermediate_size=0)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        (
+            {"tensor": 4},
+            {},
+            "mesh.tensor is 4; it must be one of 1, 2, the divisors of model.num_heads 2, "
+            "model.vocab_size 16, model.intermediate_size 16, model.num_kv_heads 2",
+        ),
+        (
+            {"tensor": 16},
+            {"num_heads": 16, "num_kv_heads": 16, "moe": MOE},
+            "mesh.tensor is 16; it must be one of 1, 2, 4, 8, the divisors of model.num_heads 16, "
+            "model.vocab_size 16, model.moe.intermediate_size 8, "
+            "model.moe.shared_intermediate_size 0, model.num_kv_heads 16",
+        ),
+        (
+            {"fsdp": 8, "expert": 4},
+            {"moe": MOE},
+            "mesh.fsdp is 8; it must be such that mesh.fsdp x mesh.expert (32) divides "
+            "model.hidden_size (16)",
+        ),
+        (
+            {"fsdp": 16},
+            {"latent_attention": LatentAttentionConfig(query_rank=32, kv_rank=8)},
+            "mesh.fsdp is 16; it must be such that mesh.fsdp x mesh.expert (16) divides "
+            "model.latent_attention.kv_rank (8)",
+        ),
+        (
+            {"expert": 2},
+            {},
+            "mesh.expert is 2; it must be 1 for a model without experts (model.moe)",
+        ),
+        (
+            {"expert": 8},
+            {"moe": MOE},
+            "mesh.expert is 8; it must be a divisor of model.moe.num_experts (4)",
+        ),
+        (
+            {"data": 2, "fsdp": 4, "expert": 4},
+            {"moe": MOE},
+            "rollout.num_prompts is 8; it must be such that prompts, and the 8 rows of a "
+            "micro-batch, divide over the 32 places of mesh.data, mesh.fsdp and mesh.expert",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_one_clear_line(mesh, changes, message):
+    config = make_config(model=dataclasses.replace(DENSE, **changes), regime="detach")
+    with pytest.raises(UserError) as error:
+        enough = dataclasses.replace(config.rollout, num_prompts=64 if "data" not in mesh else 8)
+        dataclasses.replace(config, rollout=enough, mesh=MeshConfig(**mesh))
+    assert str(error.value) == message

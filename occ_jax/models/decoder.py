@@ -71,7 +71,11 @@ class Ends(nnx.Module):
 
     def embeddings(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embedding."""
-        return constrain(self.embed(tokens), *RESIDUAL)
+        table = self.embed.embedding[...].astype(self.config.dtype)
+        # Constrained for its cotangent: every device scatters its own tokens' before they are
+        # added up and cut for where the parameter is stored, not the other way round.
+        table = constrain(table, "vocabulary", None)
+        return constrain(jnp.take(table, tokens, axis=0), *RESIDUAL)
 
 
 @functools.cache

@@ -181,8 +181,8 @@ def _on_devices(
         def piece(x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
             if places == 1:
                 return dispatch(here, x, routing)
-            together = jax.lax.all_gather((x, routing), "expert", tiled=True)
-            out = dispatch(here, *together, jax.lax.axis_index("expert"))
+            x, routing = jax.lax.all_gather((x, routing), "expert", tiled=True)
+            out = dispatch(here, x, routing, jax.lax.axis_index("expert"))
             return jax.lax.psum_scatter(out, "expert", tiled=True)
 
         out = _in_pieces(piece, x, routing, places)
