@@ -53,8 +53,12 @@ def test_the_pairs_leave_nothing_out():
 @pytest.mark.parametrize(("model", "mesh", "regime"), PAIRS, ids=str)
 def test_a_mesh_does_what_one_device_does(model, mesh, regime):
     one = on_one_device(model, regime)
-    apart = deviations(two_updates(model, regime, mesh), one)
-    assert max(apart) <= 1e-5, apart
+    found = two_updates(model, regime, mesh)
+    apart = deviations(found, one)
+    assert max(apart.values()) <= 1e-5, apart
+    assert found.metrics.keys() == one.metrics.keys()
+    for name, values in found.metrics.items():
+        np.testing.assert_allclose(values, one.metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
     # That is of something: every parameter moved, and what the regime measures is there.
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), one.params, parameters(model))
     assert min(size for path, size in _named(moved) if "correction_bias" not in path) > 1e-4
