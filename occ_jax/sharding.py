@@ -34,10 +34,10 @@ AXES = ("data", "fsdp", "tensor", "expert")
 #   rows       A step's rows lie over every axis that does not split a row's own arithmetic: outside
 #              the experts the expert axis would else repeat all work.
 #   residual   Of a parameter: the side that reads or writes the residual stream. Over fsdp and
-#              expert, as both hold rows: with fsdp alone the 7e9 parameters of GLM-4.5-Air that
+#              expert, as both hold rows: with fsdp alone the 7.4e9 parameters of GLM-4.5-Air that
 #              are in no expert would be held as often as there are places on the expert axis, with
-#              gradients and moments 112 GB of a mesh with fsdp = tensor = 1. Experts have taken the
-#              expert axis already and lie over fsdp.
+#              gradients and moments 118 GB in float32. Experts have taken the expert axis already
+#              and lie over fsdp.
 _LOGICAL: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp", "expert"),
     "experts": ("expert",),
@@ -79,8 +79,6 @@ _PARAMETERS: dict[tuple[str, ...], Names] = {
     ("experts", "gate"): ("experts", *_READS),
     ("experts", "up"): ("experts", *_READS),
     ("experts", "down"): ("experts", *_WRITES),
-    # As everything that writes to the residual stream: the other way round XLA's partitioner (jax
-    # 0.10 and 0.12) gives wrong numbers on some meshes with three axes.
     ("projection", "kernel"): _WRITES,
 }
 

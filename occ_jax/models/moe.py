@@ -166,17 +166,18 @@ def _on_devices(
     places = mesh.shape["expert"] if specs["gate"][0] == "expert" else 1
     partial_sums = specs["gate"][2] == "tensor"  # a device has a part of every expert's width
 
-    def gathered(weight: Array, spec: P) -> Array:
+    def gathered(name: str, weight: Array) -> Array:
         """Of the experts that are here all of the residual side, in the type they are used in."""
-        weight, axis = weight.astype(experts.dtype), 2 if spec[1] == "tensor" else 1
-        over = spec[axis]
-        return weight if over is None else jax.lax.all_gather(weight, over, axis=axis, tiled=True)
+        weight, side = weight.astype(experts.dtype), 2 if name == "down" else 1
+        over = specs[name][side]
+        return weight if over is None else jax.lax.all_gather(weight, over, axis=side, tiled=True)
 
     def one_device(
         routes: Any, weights: dict[str, Array], x: Float[Array, "N D"]
     ) -> tuple[Float[Array, "N D"], Int[Array, "N k"]]:
         routing = nnx.merge(nnx.graphdef(router), routes)(x)
-        here = nnx.merge(nnx.graphdef(experts), jax.tree.map(gathered, weights, specs))
+        whole = {name: gathered(name, weight) for name, weight in weights.items()}
+        here = nnx.merge(nnx.graphdef(experts), whole)
 
         def piece(x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
             if places == 1:
