@@ -130,7 +130,7 @@ def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params:
     warm_start = config.warm_start
     optimizer = optax.adam(warm_start.learning_rate)
 
-    def step(params: Params, opt_state: Any, *batch: Array) -> tuple[Params, Any]:
+    def step(params: Params, opt_state: Any, *batch: Array) -> Any:
         tokens, valid, mask = (constrain(x, "rows", None) for x in batch)
         gradients = jax.grad(
             lambda p: supervised_loss(model, p, tokens, valid, mask, warm_start.mtp_weight)

@@ -190,7 +190,12 @@ def samples(model: str, mesh: tuple[int, int, int, int]) -> tuple[Rollout, Rollo
     devices = make_mesh(MeshConfig(*mesh))
 
     def run(params: Any, prompts: Any, valid: Any, key: Any) -> tuple[Rollout, Rollout]:
-        options = {"group_size": 2, "max_new_tokens": R, "eos_ids": (1,), "pad_id": 0}
+        options: dict[str, Any] = {
+            "group_size": 2,
+            "max_new_tokens": R,
+            "eos_ids": (1,),
+            "pad_id": 0,
+        }
         arguments = (Model(config), params, prompts, valid, key)
         return (
             sample(*arguments, **options, temperature=1.0, auxiliary=True),

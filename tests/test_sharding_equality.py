@@ -55,6 +55,7 @@ def test_a_mesh_does_what_one_device_does(model, mesh, regime):
     one = on_one_device(model, regime)
     found = two_updates(model, regime, mesh)
     apart = deviations(found, one)
+    print(f"| {model} | {mesh} | {regime} | " + " | ".join(f"{x:.1e}" for x in apart.values()))
     assert max(apart.values()) <= 1e-5, apart
     assert found.metrics.keys() == one.metrics.keys()
     for name, values in found.metrics.items():
