@@ -28,7 +28,7 @@ from occ_jax.model_config import (
 from occ_jax.models.model import Model
 from occ_jax.rl import gradients
 from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
-from occ_jax.sharding import make_mesh, replicated, rows, state_shardings
+from occ_jax.sharding import abstract, make_mesh, on_mesh, replicated, rows, state_shardings
 from occ_jax.types import Batch
 
 B, P, R, V = 8, 4, 5, 16
@@ -330,3 +330,20 @@ def test_parameters_are_drawn_where_they_lie():
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert memory.output_size_in_bytes < 1.1 * whole / 8
     assert memory.temp_size_in_bytes < whole / 4
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass():
+    """Not even where all else is: of three scanned layers no device has the matrices at once."""
+    config = dataclasses.replace(DENSE, num_layers=3, scan_layers=True, intermediate_size=24)
+    model, mesh = Model(config), make_mesh(MeshConfig(fsdp=8))
+    shapes = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0))["trunk"])
+    batch = make_batch()
+
+    def loss(theta):
+        states = gradients.trunk_states(model, theta, batch.tokens, batch.valid)
+        return jnp.sum(jnp.sin(states.hidden))
+
+    program = jax.jit(on_mesh(mesh, jax.grad(loss))).lower(shapes).compile().as_text()
+    assert "f32[3,2,24]" in program
+    assert "f32[16,24]" in program
+    assert "f32[3,16,24]" not in program

@@ -23,8 +23,6 @@ from occ_jax.models.layers import SwiGLU, norm
 from occ_jax.models.moe import MoE
 from occ_jax.sharding import constrain, current_mesh
 
-_GATHERS = "sharding_constraint"  # the primitive of `occ_jax.sharding.gathered`
-
 LayerCache = KVCache | LatentCache | DeltaState
 
 RESIDUAL = ("rows", None, None)  # the residual stream [B, T, D], on every device whole rows of it
@@ -135,9 +133,16 @@ def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callabl
             return function
         case "none":
             # All is kept but the weights that were gathered: kept, they would fill every device.
-            return jax.checkpoint(function, policy=lambda found, *_, **__: found.name != _GATHERS)
+            return jax.checkpoint(function, policy=_kept)
         case "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             return jax.checkpoint(function, policy=policy)
         case "full":
             return jax.checkpoint(function)
+
+
+def _kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Whether a result is kept: all but those of `occ_jax.sharding.gathered`."""
+    inner = parameters.get("call_jaxpr")
+    within = [] if inner is None else [found.primitive.name for found in inner.eqns]
+    return "sharding_constraint" not in (primitive.name, *within)
