@@ -354,11 +354,21 @@ class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices used."""
 
     data: int = 1
+    """Copies of the parameters; rows are split over them."""
     fsdp: int = 1
+    """Parts that parameters and rows are split into."""
     tensor: int = 1
+    """Parts of heads, feed-forward width and vocabulary."""
+    expert: int = 1
+    """Parts of a mixture's experts; rows and all other parameters are split over them as well."""
 
     def __post_init__(self) -> None:
-        require_positive("mesh", self, "data", "fsdp", "tensor")
+        require_positive("mesh", self, "data", "fsdp", "tensor", "expert")
+
+    @property
+    def row_shards(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.data * self.fsdp * self.expert
 
 
 @dataclass(frozen=True)
@@ -427,26 +437,16 @@ class Config:
             f"a divisor of the {prompts // updates} prompts of a mini-batch "
             "(groups are never split)",
         )
-        shards = self.mesh.data * self.mesh.fsdp
+        shards = self.mesh.row_shards
         rows = prompts // updates // micro * self.rollout.group_size
         require(
             rows % shards == 0 and prompts % shards == 0,
             "rollout.num_prompts",
             prompts,
             f"such that prompts, and the {rows} rows of a micro-batch, divide over the "
-            f"{shards} devices of mesh.data and mesh.fsdp",
+            f"{shards} places of mesh.data, mesh.fsdp and mesh.expert",
         )
-        for name, size in (
-            ("num_heads", self.model.num_heads),
-            ("num_kv_heads", self.model.num_kv_heads),
-            ("intermediate_size", self.model.intermediate_size),
-        ):
-            require(
-                size % self.mesh.tensor == 0,
-                "mesh.tensor",
-                self.mesh.tensor,
-                f"a divisor of model.{name} ({size})",
-            )
+        _require_mesh_divides(self.mesh, self.model)
         _require_dataset_fits(self)
         occ = self.mtp.regime == "occ"
         require(
@@ -481,6 +481,40 @@ class Config:
             self.algorithm.overlong_buffer_tokens,
             f"at most rollout.max_new_tokens ({self.rollout.max_new_tokens})",
         )
+
+
+def _require_mesh_divides(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Refuses axes that would leave a large parameter, or a cache, in one piece."""
+    moe, latent, net = model.moe, model.latent_attention, model.delta_net
+    tensor = {"num_heads": model.num_heads, "vocab_size": model.vocab_size}
+    stored = {"hidden_size": model.hidden_size}
+    if moe is None or moe.first_dense_layers or moe.dense_layers:
+        tensor["intermediate_size"] = model.intermediate_size
+    if moe is not None:
+        tensor["moe.intermediate_size"] = moe.intermediate_size
+        tensor["moe.shared_intermediate_size"] = moe.shared_intermediate_size  # 0: no matter
+    if latent is None:
+        tensor["num_kv_heads"] = model.num_kv_heads
+    else:
+        stored["latent_attention.query_rank"] = latent.query_rank
+        stored["latent_attention.kv_rank"] = latent.kv_rank
+    if net is not None:
+        tensor["delta_net.num_value_heads"] = net.num_value_heads
+    shared = math.gcd(*tensor.values())
+    fit = ", ".join(str(size) for size in range(1, shared + 1) if shared % size == 0)
+    sizes = ", ".join(f"model.{name} {size}" for name, size in tensor.items())
+    allowed = f"one of {fit}, the divisors of {sizes}"
+    require(shared % mesh.tensor == 0, "mesh.tensor", mesh.tensor, allowed)
+    for name, size in stored.items():
+        places = mesh.fsdp * mesh.expert
+        allowed = f"such that mesh.fsdp x mesh.expert ({places}) divides model.{name} ({size})"
+        require(size % places == 0, "mesh.fsdp", mesh.fsdp, allowed)
+    if mesh.expert > 1:
+        allowed = "1 for a model without experts (model.moe)"
+        require(moe is not None, "mesh.expert", mesh.expert, allowed)
+        assert moe is not None
+        allowed = f"a divisor of model.moe.num_experts ({moe.num_experts})"
+        require(moe.num_experts % mesh.expert == 0, "mesh.expert", mesh.expert, allowed)
 
 
 def _require_dataset_fits(config: Config) -> None:

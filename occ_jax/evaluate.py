@@ -32,7 +32,7 @@ from occ_jax.models.scoring import (
 from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rollout.sampler import sample
-from occ_jax.sharding import rows
+from occ_jax.sharding import on_mesh, rows
 from occ_jax.types import Params, Rollout
 
 
@@ -201,13 +201,13 @@ def exact_objective(
     completions, mask = encode_completions(config.task, tokenizer, examples)
     tokens = np.concatenate([questions, completions], axis=1)
     valid = np.concatenate([question_valid, mask], axis=1)
-    score = _answer_probability(model, mask.shape[1])
+    score = _answer_probability(model, mesh, mask.shape[1])
     return np.asarray(score(params["trunk"], *jax.device_put((tokens, valid), rows(mesh))))
 
 
 def prompts_a_call(config: Config, num_samples: int) -> int:
     """Prompts that make about as many rows as a training rollout, and divide over the mesh."""
-    shards = config.mesh.data * config.mesh.fsdp
+    shards = config.mesh.row_shards
     wanted = config.rollout.num_prompts * config.rollout.group_size // num_samples
     return max(1, wanted // shards) * shards
 
@@ -241,7 +241,7 @@ def _sampler(
         matches, counts = _agreement(model, params, rollout)
         return rollout, matches, counts
 
-    return jax.jit(run)
+    return jax.jit(on_mesh(mesh, run))
 
 
 def _agreement(
@@ -270,7 +270,7 @@ def _agreement(
 
 
 @functools.lru_cache(maxsize=16)
-def _answer_probability(model: Model, response: int) -> Callable[..., Array]:
+def _answer_probability(model: Model, mesh: Mesh, response: int) -> Callable[..., Array]:
     def run(
         theta: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
     ) -> Float[Array, " B"]:
@@ -279,4 +279,4 @@ def _answer_probability(model: Model, response: int) -> Callable[..., Array]:
         log_probs = scores.log_probs
         return jnp.exp(jnp.sum(jnp.where(valid[:, -response:], log_probs, 0.0), axis=1))
 
-    return jax.jit(run)
+    return jax.jit(on_mesh(mesh, run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,7 @@ from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.rollout.sampler import sample
+from occ_jax.sharding import make_mesh, on_mesh
 from occ_jax.types import Params
 
 
@@ -31,9 +33,9 @@ def generate(
 
     Args:
         model: the architecture.
-        config: sections task and dataset, rollout.max_new_tokens and run.seed matter.
+        config: sections task, dataset and mesh, rollout.max_new_tokens and run.seed matter.
         tokenizer: of the model.
-        params: trunk and modules.
+        params: trunk and modules, on that mesh.
         prompts: texts, put in `dataset.template` like a set's problems; None for five evaluation
             prompts.
         temperature: 0 takes the most probable token.
@@ -57,20 +59,17 @@ def generate(
     width = max(len(prompt.tokens) for prompt in asked)
     rows = [prompt.tokens for prompt in asked]
     tokens, valid = pad(rows, width, tokenizer.pad_id, left=True)
-    rollout = jax.jit(
-        lambda key: sample(
-            model,
-            params,
-            jnp.asarray(tokens),
-            jnp.asarray(valid),
-            key,
-            group_size=1,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=temperature,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-        )
-    )(jax.random.key(config.run.seed))
+    run = functools.partial(
+        sample,
+        model,
+        group_size=1,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=temperature,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    run = jax.jit(on_mesh(make_mesh(config.mesh), run))
+    rollout = run(params, jnp.asarray(tokens), jnp.asarray(valid), jax.random.key(config.run.seed))
     completions = np.asarray(rollout.tokens)[:, tokens.shape[1] :].tolist()
     return [
         (prompt_text(config, prompt.example), decode_completion(tokenizer, row))

@@ -1,92 +1,211 @@
 """The device mesh and the one table that says how every array lies on it.
 
 Mesh axes: `data` replicates parameters, `fsdp` shards them, `tensor` splits heads and feed-forward
-width; rows of a batch lie over data and fsdp together. Everything is expressed as `NamedSharding`s
-that `jax.jit` propagates; no function below the train step names an axis.
+width, `expert` splits the experts of a mixture and is one more axis of rows everywhere else. What
+the dimensions of an array are *called* decides which axes they lie over, for parameters, optimizer
+state, activations and caches alike; no function below the train step names an axis, but for the
+dispatch of tokens to experts (`occ_jax.models.moe`).
+
+Where arrays come from outside (`jax.jit`'s arguments and results) the mesh is an argument here.
+Inside a model it is the one that `on_mesh` put around the trace, so that a model is the same pure
+function of its parameters with a mesh and without.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
-from occ_jax.types import map_rows
+from occ_jax.types import Params, map_rows
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # mesh axes the rows of a batch are split over
+AXES = ("data", "fsdp", "tensor", "expert")
 
-_IN, _OUT = P("fsdp", "tensor"), P("tensor", "fsdp")  # reads, writes the residual stream
-
-# Last names of a parameter's path -> how its last dimensions lie on the mesh; a kernel is
-# [in, out]. Dimensions in front, repeats of a scanned segment and experts, are not split.
-_RULES: dict[tuple[str, ...], P] = {
-    ("embed", "embedding"): _OUT,
-    ("head", "kernel"): _IN,
-    ("query", "kernel"): _IN,
-    ("key", "kernel"): _IN,
-    ("value", "kernel"): _IN,
-    ("query", "bias"): P("tensor"),
-    ("key", "bias"): P("tensor"),
-    ("value", "bias"): P("tensor"),
-    ("output", "kernel"): _OUT,
-    ("gate", "kernel"): _IN,
-    ("up", "kernel"): _IN,
-    ("down", "kernel"): _OUT,
-    ("query_down", "kernel"): P("fsdp", None),
-    ("latent_down", "kernel"): P("fsdp", None),
-    ("shared_key", "kernel"): P("fsdp", None),
-    ("qkv", "kernel"): P("fsdp", None),
-    ("beta", "kernel"): P("fsdp", None),
-    ("decay", "kernel"): P("fsdp", None),
-    ("experts", "gate"): _IN,
-    ("experts", "up"): _IN,
-    ("experts", "down"): _OUT,
-    # As everything that writes to the residual stream: the other way round XLA's partitioner (jax
-    # 0.10 and 0.12) gives wrong numbers on some meshes with all three axes.
-    ("projection", "kernel"): _OUT,
+# Dimension -> mesh axes, of which it takes in this order what no dimension before it has taken and
+# what divides it.
+#   rows       A step's rows lie over every axis that does not split a row's own arithmetic: outside
+#              the experts the expert axis would else repeat all work.
+#   residual   Of a parameter: the side that reads or writes the residual stream. Over fsdp and
+#              expert, as both hold rows: with fsdp alone the 7.4e9 parameters of GLM-4.5-Air that
+#              are in no expert would be held as often as there are places on the expert axis, with
+#              gradients and moments 118 GB in float32. Experts have taken the expert axis already
+#              and lie over fsdp.
+_LOGICAL: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp", "expert"),
+    "experts": ("expert",),
+    "residual": ("fsdp", "expert"),
+    "heads": ("tensor",),
+    "width": ("tensor",),
+    "vocabulary": ("tensor",),
 }
+ROWS = _LOGICAL["rows"]
+
+Names = tuple[str | None, ...]
+"""What the dimensions of an array are called; None for one that is never split."""
+
+_READS: Names = ("residual", "width")
+_WRITES: Names = ("width", "residual")
+_NARROW: Names = ("residual", None)  # to few or to compressed dimensions that all heads share
+
+# Last names of a parameter's path -> what its last dimensions are called; a kernel is [in, out].
+# Dimensions in front, the repeats of a scanned segment, are not split.
+_PARAMETERS: dict[tuple[str, ...], Names] = {
+    ("embed", "embedding"): ("vocabulary", "residual"),
+    ("head", "kernel"): ("residual", "vocabulary"),
+    ("query", "kernel"): ("residual", "heads"),
+    ("key", "kernel"): ("residual", "heads"),
+    ("value", "kernel"): ("residual", "heads"),
+    ("query", "bias"): ("heads",),
+    ("key", "bias"): ("heads",),
+    ("value", "bias"): ("heads",),
+    ("output", "kernel"): ("heads", "residual"),
+    ("gate", "kernel"): _READS,
+    ("up", "kernel"): _READS,
+    ("down", "kernel"): _WRITES,
+    ("query_down", "kernel"): _NARROW,
+    ("latent_down", "kernel"): _NARROW,
+    ("shared_key", "kernel"): _NARROW,
+    ("qkv", "kernel"): _NARROW,
+    ("beta", "kernel"): _NARROW,
+    ("decay", "kernel"): _NARROW,
+    ("experts", "gate"): ("experts", *_READS),
+    ("experts", "up"): ("experts", *_READS),
+    ("experts", "down"): ("experts", *_WRITES),
+    ("projection", "kernel"): _WRITES,
+}
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of the first data x fsdp x tensor devices, with automatic axes.
+    """A mesh of as many of the first devices as it has places, with automatic axes.
 
     Raises:
         UserError: fewer devices than the mesh has places.
     """
-    shape = (config.data, config.fsdp, config.tensor)
-    needed = config.data * config.fsdp * config.tensor
+    shape = tuple(getattr(config, axis) for axis in AXES)
+    needed = math.prod(shape)
     devices = jax.devices()
     if len(devices) < needed:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise UserError(
-            f"the mesh (data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}) needs "
-            f"{needed} devices; this process sees {len(devices)}"
+            f"the mesh ({sizes}) needs {needed} devices; this process sees {len(devices)}"
         )
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed]
     )
 
 
-def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
-    """The rule of the path's last two names; a dimension the mesh does not divide is replicated.
+def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`function`, to be jitted, whose `constrain`s and experts mean `mesh`."""
+
+    @functools.wraps(function)
+    def traced(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments, **options)
+
+    return traced
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that `on_mesh` put here; None without one, or where it is a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """`x` lying on the current mesh as the names of its last dimensions say.
+
+    Dimensions in front are not split. The same holds of the cotangent. Without a mesh it is `x`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(mesh, names, x.shape))
+
+
+def spec_of(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int]) -> P:
+    """Where an array lies whose last dimensions have these names.
+
+    An axis is used once, by the first dimension that asks for it. One that does not divide a
+    dimension leaves it whole: `Config` refuses the meshes for which that costs anything.
+    """
+    taken: set[str] = set()
+    found: list[str | tuple[str, ...] | None] = [None] * (len(shape) - len(names))
+    for name, size in zip(names, shape[len(shape) - len(names) :], strict=True):
+        chosen: list[str] = []
+        for axis in _LOGICAL[name] if name is not None else ():
+            places = math.prod(mesh.shape[other] for other in (*chosen, axis))
+            if axis not in taken and size % places == 0:
+                chosen.append(axis)
+        taken.update(chosen)
+        found.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    return P(*found)
+
+
+def parameter_spec(mesh: Mesh | AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
+    """Where the parameter at the end of a path lies; whole where the table does not name it.
 
     Optimizer moments end in the path of the parameter they belong to, so they follow it.
     """
-    names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-    spec = _RULES.get(names[-2:])
-    if spec is None or len(spec) > leaf.ndim:
-        return P()
-    spec = (*[None] * (leaf.ndim - len(spec)), *spec)
-    return P(
-        *(
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, leaf.shape, strict=True)
-        )
-    )
+    names = _parameter_names(path, shape)
+    return P() if names is None else spec_of(mesh, names, shape)
+
+
+def _parameter_names(path: tuple[Any, ...], shape: Sequence[int]) -> Names | None:
+    last = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path[-2:])
+    names = _PARAMETERS.get(last)
+    return names if names is not None and len(names) <= len(shape) else None
+
+
+def gathered(params: Params, dtype: Any) -> Params:
+    """A layer's parameters as its products read them: split by `tensor` alone.
+
+    Said here and not left to XLA's partitioner, which meets an axis twice in a product, in the rows
+    of one operand and in the summed dimension of the other, and has more than one way out: some of
+    them cost more than the weights' way over the links, and some (jax 0.10) give wrong numbers.
+    Gradients are added up where the parameter is stored, in the type they are worked out in.
+
+    Args:
+        params: of one layer, whole or without the repeats of its segment. Experts stay where they
+            are (`occ_jax.models.moe`).
+        dtype: of the products; weights are rounded to it before they travel.
+    """
+    if current_mesh() is None:
+        return params
+
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = _parameter_names(path, leaf.shape)
+        if names is None or "residual" not in names or "experts" in names:
+            return leaf
+        return _gather(leaf.astype(dtype), names)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight: Array, names: Names) -> Array:
+    return constrain(weight, *(None if name == "residual" else name for name in names))
+
+
+def _gather_forward(weight: Array, names: Names) -> tuple[Array, None]:
+    return _gather(weight, names), None
+
+
+def _gather_backward(names: Names, _: None, cotangent: Array) -> tuple[Array]:
+    return (constrain(cotangent, *names),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
@@ -97,7 +216,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         state: arrays or `jax.ShapeDtypeStruct`s.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), state
+        lambda path, leaf: NamedSharding(mesh, parameter_spec(mesh, path, leaf.shape)), state
     )
 
 
@@ -111,7 +230,7 @@ def abstract(mesh: Mesh, shapes: Any) -> Any:
 
 
 def rows(mesh: Mesh, dimension: int = 0) -> NamedSharding:
-    """Rows of a batch, in the given dimension, over the data and fsdp axes."""
+    """Rows of a batch, in the given dimension, over all axes that hold rows."""
     return NamedSharding(mesh, P(*[None] * dimension, ROWS))
 
 

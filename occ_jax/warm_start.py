@@ -8,7 +8,6 @@ task, warm-up), so regimes and seeds start from the same parameters.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ from occ_jax.models.scoring import (
     trunk_states,
 )
 from occ_jax.rl.losses import mean, negative_log_likelihood
-from occ_jax.sharding import abstract, state_shardings
+from occ_jax.sharding import abstract, constrain, on_mesh, state_shardings
 from occ_jax.types import Params
 
 # Training prompts of the warm-up come from a stream that no run's seed names.
@@ -74,7 +73,7 @@ def starting_params(
     if config.warm_start.steps == 0:
         return params
     tell(f"starting policy: {config.warm_start.steps} supervised steps")
-    params = _fit(config, model, tokenizer, params)
+    params = _fit(config, model, mesh, tokenizer, params)
     _keep(directory, params)
     return params
 
@@ -127,19 +126,25 @@ def supervised_loss(
     return losses[0] + mtp_weight * sum(losses[1:], jnp.zeros(())) / max(depth, 1)
 
 
-def _fit(config: Config, model: Model, tokenizer: Tokenizer, params: Params) -> Params:
+def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params: Params) -> Params:
     warm_start = config.warm_start
     optimizer = optax.adam(warm_start.learning_rate)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, opt_state: Any, tokens: Array, valid: Array, mask: Array) -> Any:
+    def step(params: Params, opt_state: Any, *batch: Array) -> Any:
+        tokens, valid, mask = (constrain(x, "rows", None) for x in batch)
         gradients = jax.grad(
             lambda p: supervised_loss(model, p, tokens, valid, mask, warm_start.mtp_weight)
         )(params)
         updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state = optimizer.init(params)
+    moments = state_shardings(mesh, jax.eval_shape(optimizer.init, params))
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
+    step = jax.jit(
+        on_mesh(mesh, step),
+        out_shardings=(state_shardings(mesh, params), moments),
+        donate_argnums=(0, 1),
+    )
     batches = iterate(task_prompts(config, tokenizer, _STREAM), warm_start.batch_size)
     for _ in range(warm_start.steps):
         batch = next(batches)

@@ -28,9 +28,20 @@ def change_tensors(directory, change):
 # Devices.
 
 
-@pytest.mark.parametrize("case", ["qwen3_next", "deepseek_fp8_small_blocks", "qwen3_5_moe"])
-def test_eight_devices_load_and_save_what_one_does(case, tmp_path):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize(
+    ("case", "axes"),
+    [
+        ("qwen3_next", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("deepseek_fp8_small_blocks", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("deepseek_fp8_small_blocks", {"fsdp": 2, "expert": 4}),
+        ("glm_air", {"fsdp": 2, "tensor": 2, "expert": 2}),
+        # Its experts are stored as one tensor.
+        ("qwen3_5_moe", {"tensor": 2, "expert": 4}),
+    ],
+    ids=str,
+)
+def test_eight_devices_load_and_save_what_one_does(case, axes, tmp_path):
+    mesh = make_mesh(MeshConfig(**axes))
     config = read_config(GOLDEN / case, scan_layers=True)
     model, spread = load_pretrained(GOLDEN / case, config=config, mesh=mesh)
     _, whole = load_pretrained(GOLDEN / case, config=config)

@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from occ_jax.model_config import ModelConfig
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
+from occ_jax.sharding import Names, constrain
+
+BY_HEAD = ("rows", None, "heads", None)  # queries, keys and values on the mesh
 
 
 class Columns(NamedTuple):
@@ -58,10 +61,14 @@ def attend(
 
 
 def write_columns(
-    cache: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], index: Int[Array, ""] | int
+    cache: Float[Array, "B S *rest"],
+    new: Float[Array, "B T *rest"],
+    index: Int[Array, ""] | int,
+    names: Names,
 ) -> Float[Array, "B S *rest"]:
-    """Puts `new` (T columns) at columns index ... index+T-1."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=1)
+    """Puts `new` (T columns) at columns index ... index+T-1; `names` say how a cache lies."""
+    written = jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=1)
+    return constrain(written, *names)
 
 
 class Attention(nnx.Module):
@@ -88,7 +95,10 @@ class Attention(nnx.Module):
         """Attends over the cache's S columns, `x` written at `index` first, or over `x` itself."""
         config = self.config
         shape = (*x.shape[:2], -1, config.head_dim)
-        query, key, value = (part(x).reshape(shape) for part in (self.query, self.key, self.value))
+        query, key, value = (
+            constrain(part(x).reshape(shape), *BY_HEAD)
+            for part in (self.query, self.key, self.value)
+        )
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         how = rotary(config, int(config.head_dim * config.rope_fraction))
@@ -96,7 +106,7 @@ class Attention(nnx.Module):
         new = KVCache(rotate(key, columns.positions, how), value)
         if cache is not None:
             pairs = zip(cache, new, strict=True)
-            new = KVCache(*(write_columns(old, add, columns.index) for old, add in pairs))
+            new = KVCache(*(write_columns(*pair, columns.index, BY_HEAD) for pair in pairs))
         mixed = attend(query, new.keys, new.values, columns).reshape(*x.shape[:2], -1)
         if config.attention_gate:
             mixed = mixed * jax.nn.sigmoid(self.gate(x))

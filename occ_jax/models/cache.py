@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from occ_jax.models.attention import KVCache
-from occ_jax.models.delta_net import DeltaState
-from occ_jax.models.latent_attention import LatentCache
+from occ_jax.models.attention import BY_HEAD, KVCache
+from occ_jax.models.delta_net import STATE, WINDOW, DeltaState
+from occ_jax.models.latent_attention import WHOLE, LatentCache
+from occ_jax.sharding import Names, constrain
 
 
 def extend(cache: Any, *, copies: int, columns: int) -> Any:
@@ -22,19 +23,20 @@ def extend(cache: Any, *, copies: int, columns: int) -> Any:
     """
     match cache:
         case KVCache():
-            return KVCache(*(_extend(x, -4, copies, columns) for x in cache))
+            return KVCache(*(_extend(x, BY_HEAD, copies, columns) for x in cache))
         case LatentCache():
-            return LatentCache(*(_extend(x, -3, copies, columns) for x in cache))
+            return LatentCache(*(_extend(x, WHOLE, copies, columns) for x in cache))
         case DeltaState(window, state):
-            return DeltaState(_extend(window, -3, copies, 0), _extend(state, -4, copies, 0))
+            return DeltaState(_extend(window, WINDOW, copies, 0), _extend(state, STATE, copies, 0))
         case _:
             return type(cache)(extend(part, copies=copies, columns=columns) for part in cache)
 
 
-def _extend(x: Array, rows: int, copies: int, columns: int) -> Array:
-    """`rows` is the axis of the rows counted from the last; that of the columns comes next."""
-    axis = x.ndim + rows
-    x = jnp.repeat(x, copies, axis=axis, total_repeat_length=copies * x.shape[axis])
+def _extend(x: Array, names: Names, copies: int, columns: int) -> Array:
+    """The first of the named axes holds rows, the next one columns."""
+    axis = x.ndim - len(names)
+    # With `total_repeat_length` this would be a gather, for which rows meet on every device.
+    x = jnp.repeat(x, copies, axis=axis)
     padding = [(0, 0)] * x.ndim
     padding[axis + 1] = (0, columns)
-    return jnp.pad(x, padding)
+    return constrain(jnp.pad(x, padding), *names)

@@ -20,6 +20,7 @@ from occ_jax.model_config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.transformer import (
+    RESIDUAL,
     Block,
     LayerCache,
     LayerKind,
@@ -27,6 +28,7 @@ from occ_jax.models.transformer import (
     rematerialised,
     segments,
 )
+from occ_jax.sharding import constrain, gathered
 from occ_jax.types import Params
 
 Cache = Sequence[tuple[LayerCache, ...]]
@@ -65,7 +67,15 @@ class Ends(nnx.Module):
         kernel = self.embed.embedding[...].T if tied else self.head.kernel[...]
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
         out = jnp.dot(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
-        return out.reshape(*hidden.shape[:-1], -1)
+        return constrain(out.reshape(*hidden.shape[:-1], -1), "rows", None, "vocabulary")
+
+    def embeddings(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The token embedding."""
+        table = self.embed.embedding[...].astype(self.config.dtype)
+        # Constrained for its cotangent: every device scatters its own tokens' before they are
+        # added up and cut for where the parameter is stored, not the other way round.
+        table = constrain(table, "vocabulary", None)
+        return constrain(jnp.take(table, tokens, axis=0), *RESIDUAL)
 
 
 @functools.cache
@@ -107,7 +117,7 @@ def init_trunk(config: ModelConfig, key: Key[Array, ""]) -> Params:
 def ends(config: ModelConfig, theta: Params) -> Ends:
     """Embedding, final norm and head of a trunk."""
     own = {name: part for name, part in theta.items() if name != "layers"}
-    return nnx.merge(graph(Ends, config), own)
+    return nnx.merge(graph(Ends, config), gathered(own, config.dtype))
 
 
 def run_trunk(
@@ -119,7 +129,7 @@ def run_trunk(
 ) -> TrunkOutput:
     """Embedding, layers, final norm; see `Model.trunk`."""
     frame = ends(config, theta)
-    x = frame.embed(tokens)
+    x = frame.embeddings(tokens)
     new: list[tuple[LayerCache, ...]] = []
     experts: list[Array] = []
     for index, segment in enumerate(segments(config)):
@@ -149,7 +159,7 @@ def _run_segment(
         after: list[LayerCache] = []
         experts: list[Array] = []
         for place, kind in enumerate(segment.pattern):
-            block = nnx.merge(graph(Block, config, kind), blocks[place])
+            block = nnx.merge(graph(Block, config, kind), gathered(blocks[place], config.dtype))
             out = block(x, columns, None if before is None else before[place])
             x = out.x
             after.append(out.cache)

@@ -17,8 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from occ_jax.model_config import ModelConfig
-from occ_jax.models.attention import Columns
+from occ_jax.models.attention import BY_HEAD, Columns
 from occ_jax.models.layers import linear, norm
+from occ_jax.sharding import constrain
+
+# What a layer remembers, on the mesh.
+WINDOW, STATE = ("rows", None, None), ("rows", "heads", None, None)
 
 
 class DeltaState(NamedTuple):
@@ -78,7 +82,8 @@ class DeltaNet(nnx.Module):
         gate = self.gate(x).reshape(out.shape).astype(jnp.float32)
         out = self.norm(out).astype(jnp.float32) * jax.nn.silu(gate)
         out = out.astype(x.dtype).reshape(*x.shape[:2], -1)
-        return self.output(out), DeltaState(window.astype(cache.window.dtype), state)
+        window = constrain(window.astype(cache.window.dtype), *WINDOW)
+        return self.output(out), DeltaState(window, constrain(state, *STATE))
 
     def _convolve(self, x: Array, before: Array) -> tuple[Array, Array]:
         """silu of a causal convolution, each channel by itself, and the columns to carry on."""
@@ -100,13 +105,14 @@ class DeltaNet(nnx.Module):
         decay = -rate * jax.nn.softplus(self.decay(x).astype(jnp.float32) + bias)
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         real = valid[..., None]
-        return Signals(
+        signals = Signals(
             query=jnp.repeat(query, shared, axis=2),
             key=jnp.repeat(key, shared, axis=2),
             value=value.reshape(*shape, net.value_head_dim),
             log_decay=jnp.where(real, decay, 0.0),
             beta=jnp.where(real, beta, 0.0),
         )
+        return Signals(*(constrain(x, *BY_HEAD[: x.ndim]) for x in signals))
 
 
 def empty_state(config: ModelConfig, rows: int) -> DeltaState:

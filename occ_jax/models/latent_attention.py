@@ -17,9 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from occ_jax.model_config import LatentAttentionConfig, ModelConfig
-from occ_jax.models.attention import Columns, attend, write_columns
+from occ_jax.models.attention import BY_HEAD, Columns, attend, write_columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
+from occ_jax.sharding import constrain
+
+WHOLE = ("rows", None, None)  # latents on the mesh: all heads read them
 
 # Of the norms of compressed vectors, which in released models is not that of the other norms.
 _EPSILON = 1e-6
@@ -59,7 +62,7 @@ class LatentAttention(nnx.Module):
         config, latent = self.config, self.latent
         how = rotary(config, latent.rope_head_dim)
         query = self.query(self.query_norm(self.query_down(x)) if latent.query_rank else x)
-        query = query.reshape(*x.shape[:2], config.num_heads, -1)
+        query = constrain(query.reshape(*x.shape[:2], config.num_heads, -1), *BY_HEAD)
         plain, turned = jnp.split(query, [latent.nope_head_dim], axis=-1)
         turned = rotate(turned, columns.positions, how, interleaved=True)
         shared = self.shared_key(x)[:, :, None]
@@ -69,7 +72,7 @@ class LatentAttention(nnx.Module):
             mixed = self._expanded(plain, turned, new, columns)
         else:
             pairs = zip(cache, new, strict=True)
-            new = LatentCache(*(write_columns(old, add, columns.index) for old, add in pairs))
+            new = LatentCache(*(write_columns(*pair, columns.index, WHOLE) for pair in pairs))
             mixed = self._absorbed(plain, turned, new, columns)
         return self.output(mixed.reshape(*x.shape[:2], -1)), new
 
@@ -78,8 +81,8 @@ class LatentAttention(nnx.Module):
     ) -> Float[Array, "B T H X"]:
         """Every head's keys and values written out: fewest operations where all columns query."""
         shape = (*cache.latents.shape[:2], self.config.num_heads, -1)
-        key = self.key(cache.latents).reshape(shape)
-        value = self.value(cache.latents).reshape(shape)
+        key = constrain(self.key(cache.latents).reshape(shape), *BY_HEAD)
+        value = constrain(self.value(cache.latents).reshape(shape), *BY_HEAD)
         shared = jnp.broadcast_to(
             cache.keys[:, :, None], (*key.shape[:3], self.latent.rope_head_dim)
         )

@@ -29,6 +29,7 @@ from occ_jax.models.decoder import (
 )
 from occ_jax.models.mtp import MTPModule
 from occ_jax.models.transformer import BlockOutput, LayerCache
+from occ_jax.sharding import gathered
 from occ_jax.types import Params
 
 
@@ -90,7 +91,7 @@ class Model:
 
     def embed(self, theta: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embedding, as the trunk and the MTP modules read it."""
-        return ends(self.config, theta).embed(tokens)
+        return ends(self.config, theta).embeddings(tokens)
 
     def mtp_module(
         self,
@@ -113,6 +114,7 @@ class Model:
             cache: of an earlier call, room made by `occ_jax.models.cache.extend`.
             index: the first slot written.
         """
+        phi = gathered(phi, self.config.dtype)
         module = nnx.merge(graph(MTPModule, self.config), phi)
         return module(hidden, embeddings, Columns(positions, valid, index), cache)
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from occ_jax.model_config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
-from occ_jax.models.transformer import Block, BlockOutput, LayerCache, mtp_kind
+from occ_jax.models.transformer import RESIDUAL, Block, BlockOutput, LayerCache, mtp_kind
+from occ_jax.sharding import constrain
 
 
 class MTPModule(nnx.Module):
@@ -42,5 +43,6 @@ class MTPModule(nnx.Module):
         pair = [self.embed_norm(embeddings), self.hidden_norm(hidden)]
         if self.config.mtp_concat == "hidden_embed":
             pair.reverse()
-        out = self.block(self.projection(jnp.concatenate(pair, axis=-1)), columns, cache)
+        x = constrain(self.projection(jnp.concatenate(pair, axis=-1)), *RESIDUAL)
+        out = self.block(x, columns, cache)
         return out._replace(x=self.final_norm(out.x))

@@ -21,8 +21,11 @@ from occ_jax.models.delta_net import DeltaNet, DeltaState
 from occ_jax.models.latent_attention import LatentAttention, LatentCache
 from occ_jax.models.layers import SwiGLU, norm
 from occ_jax.models.moe import MoE
+from occ_jax.sharding import constrain, current_mesh
 
 LayerCache = KVCache | LatentCache | DeltaState
+
+RESIDUAL = ("rows", None, None)  # the residual stream [B, T, D], on every device whole rows of it
 
 
 class LayerKind(NamedTuple):
@@ -73,13 +76,13 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], columns: Columns, cache: LayerCache | None
     ) -> BlockOutput:
         mixed, new_cache = self.mixer(self.mixer_norm(x), columns, cache)
-        x = x + mixed
+        x = constrain(x + mixed, *RESIDUAL)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
             out, experts = self.feed_forward(normed)
         else:
             out, experts = self.feed_forward(normed), None
-        return BlockOutput(x + out, new_cache, experts)
+        return BlockOutput(constrain(x + out, *RESIDUAL), new_cache, experts)
 
 
 def layer_kinds(config: ModelConfig) -> list[LayerKind]:
@@ -126,10 +129,20 @@ def segments(config: ModelConfig) -> tuple[Segment, ...]:
 def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its intermediate results recomputed in the backward pass (`model.remat`)."""
     match config.remat:
-        case "none":
+        case "none" if current_mesh() is None:
             return function
+        case "none":
+            # All is kept but the weights that were gathered: kept, they would fill every device.
+            return jax.checkpoint(function, policy=_kept)
         case "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             return jax.checkpoint(function, policy=policy)
         case "full":
             return jax.checkpoint(function)
+
+
+def _kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Whether a result is kept: all but those of `occ_jax.sharding.gathered`."""
+    inner = parameters.get("call_jaxpr")
+    within = [] if inner is None else [found.primitive.name for found in inner.eqns]
+    return "sharding_constraint" not in (primitive.name, *within)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from occ_jax.calibration import Statistics, inner_product_statistics
@@ -41,7 +40,7 @@ from occ_jax.rl.objective import (
     module_scores,
     module_states,
 )
-from occ_jax.sharding import rows as row_sharding
+from occ_jax.sharding import constrain
 from occ_jax.types import Batch, Params, map_rows
 
 
@@ -77,7 +76,6 @@ def mini_batch_gradients(
     coefficient: Float[Array, " K"],
     *,
     measure: bool,
-    mesh: Mesh | None = None,
 ) -> Gradients:
     """Accumulates `Gradients` over the micro-batches by a scan.
 
@@ -88,7 +86,6 @@ def mini_batch_gradients(
         batch: the mini-batch; rows of one prompt are neighbours, so no group is split.
         coefficient: lambda known beforehand, ignored where c and v^2 are measured exactly.
         measure: whether c and v^2 are measured at this update.
-        mesh: the devices that every micro-batch is spread over, None for one.
     """
     denominators = mini_batch_denominators(config, batch, model.config.num_mtp_modules)
 
@@ -100,7 +97,7 @@ def mini_batch_gradients(
     count = config.algorithm.micro_batches
     if count == 1:
         return one(batch)
-    pieces = _split(batch, count, mesh)
+    pieces = _split(batch, count)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
     # Sums of bfloat16 gradients are kept in float32 until they are whole.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
@@ -111,17 +108,15 @@ def mini_batch_gradients(
     return jax.tree.map(lambda x, shape: x.astype(shape.dtype), total, shapes)
 
 
-def _split(batch: Batch, count: int, mesh: Mesh | None) -> Batch:
+def _split(batch: Batch, count: int) -> Batch:
     """Rows [B] to [M, B/M], M in front."""
 
     def split(x: Array, rows: int) -> Array:
         shape = (*x.shape[:rows], count, x.shape[rows] // count, *x.shape[rows + 1 :])
         pieces = jnp.moveaxis(x.reshape(shape), rows, 0)
-        if mesh is None:
-            return pieces
         # Neighbouring rows lie on few of the devices: left there, a micro-batch would cost each
         # device as much as the whole mini-batch does. Dealing tokens out again is cheap.
-        return jax.lax.with_sharding_constraint(pieces, row_sharding(mesh, rows + 1))
+        return constrain(pieces, "rows", *[None] * (x.ndim - rows - 1))
 
     return map_rows(split, batch)
 

@@ -29,7 +29,7 @@ from occ_jax.estimators import cross_batch_statistics
 from occ_jax.models.model import Model
 from occ_jax.rl.gradients import Gradients, apart, mini_batch_gradients
 from occ_jax.rl.optimizer import current_coefficient, learning_rate_schedule, make_optimizer
-from occ_jax.sharding import abstract, replicated, row_shardings, state_shardings
+from occ_jax.sharding import abstract, on_mesh, replicated, row_shardings, state_shardings
 from occ_jax.types import Batch, Params, TrainState
 
 Metrics = dict[str, Array]
@@ -72,7 +72,6 @@ def train_step(
     batch: Batch,
     *,
     measure: bool = True,
-    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update of trunk and modules.
 
@@ -83,16 +82,13 @@ def train_step(
         batch: one mini-batch.
         measure: whether c and v^2 are measured; False on the updates between, see
             `mtp.measure_every`.
-        mesh: the devices that every micro-batch is spread over, None for one.
 
     Returns:
         The next state and float32 scalars. A non-finite loss or gradient leaves parameters and
         optimizer state as they were and sets metric "actor/skipped" to 1.
     """
     before = current_coefficient(config, state.opt_state)
-    gradients = mini_batch_gradients(
-        model, config, state.params, batch, before, measure=measure, mesh=mesh
-    )
+    gradients = mini_batch_gradients(model, config, state.params, batch, before, measure=measure)
     statistics = _statistics(config, gradients, measure=measure)
     updates, opt_state = make_optimizer(config).update(
         {"trunk": gradients.trunk, "mtp": gradients.mtp},
@@ -133,7 +129,7 @@ def jit_train_step(
     every_field: Any = Batch._fields
     batch = row_shardings(mesh, Batch(*every_field))
     return jax.jit(
-        functools.partial(train_step, model, config, measure=measure, mesh=mesh),
+        on_mesh(mesh, functools.partial(train_step, model, config, measure=measure)),
         in_shardings=(state, batch),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,

@@ -31,7 +31,7 @@ from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.losses import rollout_correction
 from occ_jax.rollout.sampler import sample
-from occ_jax.sharding import row_shardings, rows
+from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
 
@@ -226,7 +226,10 @@ def _sampler(
         pad_id=pad_id,
         auxiliary=_scores_modules(config) and config.rollout.old_log_probs == "sampler",
     )
-    return jax.jit(run)
+    # Any field may be missing; a sharding for one that is does no harm.
+    every_field: Any = Rollout._fields
+    lying = row_shardings(mesh, Rollout(*every_field))
+    return jax.jit(on_mesh(mesh, run), out_shardings=lying)
 
 
 @functools.lru_cache(maxsize=16)
@@ -273,7 +276,7 @@ def _splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Ba
         shardings = [row_shardings(mesh, batch) for batch in batches]
         return jax.lax.with_sharding_constraint(batches, shardings)
 
-    return jax.jit(run)
+    return jax.jit(on_mesh(mesh, run))
 
 
 def _advantages(config: Config, rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:

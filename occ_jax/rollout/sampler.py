@@ -19,6 +19,7 @@ from occ_jax.models.decoder import Cache
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, column_positions, score_tokens
+from occ_jax.sharding import constrain
 from occ_jax.types import Params, Rollout
 
 
@@ -74,7 +75,8 @@ def sample(
     prefill = model.trunk(theta, prompts, prompt_positions, prompt_valid)
 
     def per_completion(x: Array) -> Array:
-        return jnp.repeat(x, group_size, axis=0, total_repeat_length=rows)
+        repeated = jnp.repeat(x, group_size, axis=0)
+        return constrain(repeated, "rows", *[None] * (x.ndim - 1))
 
     def widen(x: Array, size: int) -> Array:
         """Room for `size` columns after the prompt's."""
