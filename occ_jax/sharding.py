@@ -86,15 +86,19 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of as many of the first devices as it has places, with automatic axes.
+
+    Args:
+        config: places along every axis.
+        devices: this process's unless given.
 
     Raises:
         UserError: fewer devices than the mesh has places.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
     needed = math.prod(shape)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if len(devices) < needed:
         sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise UserError(

@@ -100,7 +100,7 @@ def collect(
             buffer_tokens=config.algorithm.overlong_buffer_tokens,
             factor=config.algorithm.overlong_penalty,
         )
-    split = _splitter(model, computation(config), mesh)
+    split = jit_splitter(model, computation(config), mesh)
     rollout = jax.device_put(group.rollout, row_shardings(mesh, group.rollout))
     batches = split(params, reference, rollout, jnp.asarray(rewards, jnp.float32))
     tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
@@ -128,7 +128,7 @@ def _sample_group(
 ) -> _Group:
     padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
-    rollout = _sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
+    rollout = jit_sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
     # The rollout is under way, behind the updates that make `params`: waiting for these costs
     # nothing and tells the two apart.
     jax.block_until_ready(params)
@@ -213,9 +213,10 @@ def _scores_modules(config: Config) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(
+def jit_sampler(
     model: Model, config: Config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int
 ) -> Callable[..., Rollout]:
+    """`sample` compiled for a config: (params, prompts, prompt_valid, key) to a `Rollout`."""
     run = functools.partial(
         sample,
         model,
@@ -233,7 +234,7 @@ def _sampler(
 
 
 @functools.lru_cache(maxsize=16)
-def _splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
+def jit_splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
     """Advantages and mini-batches; scores the rollout again where the config asks for it."""
     updates, temperature = config.algorithm.updates_per_rollout, config.rollout.temperature
     rescore = config.rollout.old_log_probs == "trainer"
