@@ -58,6 +58,7 @@ def get_config() -> Config:
             dtype=mimo.model.dtype,
             scan_layers=mimo.model.scan_layers,
             remat=mimo.model.remat,
+            attention_columns=mimo.model.attention_columns,
             logits_columns=mimo.model.logits_columns,
         ),
         # 8 divides key-value heads, the width of an expert and the vocabulary.

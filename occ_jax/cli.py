@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from occ_jax.types import Params
 
 # Fields of a model that its parameters do not depend on.
-_SAME_PARAMETERS = {"model.dtype", "model.remat", "model.logits_columns"}
+_SAME_PARAMETERS = {
+    *("model.dtype", "model.remat"),
+    *("model.attention_kernel", "model.attention_columns", "model.logits_columns"),
+}
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
 
 
@@ -220,6 +223,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of one of them, to compare with"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PROGRAM", help="of rollout, mini-batches, update"
+    )
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
 
 
@@ -390,12 +396,12 @@ def _plan(config: Config, options: argparse.Namespace) -> int:
     if options.memory is not None and options.devices is None:
         raise UserError("--memory goes with --devices; that of a TPU is known")
     if options.devices is not None:
-        found = plan(config, virtual(options.devices, options.memory), say)
+        found = plan(config, virtual(options.devices, options.memory), say, options.only)
     elif options.topology is not None:
-        found = plan(config, topology(options.topology), say)
+        found = plan(config, topology(options.topology), say, options.only)
     else:
         for name in slices(places(config)):
-            found = plan(config, topology(name), say)
+            found = plan(config, topology(name), say, options.only)
             if found.fits:
                 break
             say(f"{name}: {verdict(found)}")

@@ -56,6 +56,8 @@ def topology(name: str) -> Machine:
         )
     # Keeps libtpu from asking where it runs: on no TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # A compiler may be loaded several times at once, a driver not.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -29,7 +29,7 @@ from occ_jax.errors import UserError
 from occ_jax.flops import count_flops
 from occ_jax.hlo import collective_bytes, largest_arrays
 from occ_jax.machines import Machine
-from occ_jax.models.cache import extend
+from occ_jax.models.cache import cache_shardings, extend
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import column_positions
 from occ_jax.rl.gradients import apart
@@ -86,16 +86,23 @@ class Plan(NamedTuple):
         return self.over == 0 and not any(program.refused for program in self.programs)
 
 
-def plan(config: Config, machine: Machine, say: Callable[[str], None] = lambda _: None) -> Plan:
+def plan(
+    config: Config,
+    machine: Machine,
+    say: Callable[[str], None] = lambda _: None,
+    only: Collection[str] = (),
+) -> Plan:
     """Compiles every program of a step.
 
     Args:
         config: the experiment; its mesh has a place for every device.
         machine: what to compile for.
         say: is told what is being compiled.
+        only: names of the programs to compile, none for all of them.
 
     Raises:
-        UserError: the mesh has more or fewer places than there are devices.
+        UserError: the mesh has more or fewer places than there are devices, or the run has no
+            program of a name.
     """
     count = len(machine.devices)
     if places(config) != count:
@@ -106,10 +113,16 @@ def plan(config: Config, machine: Machine, say: Callable[[str], None] = lambda _
         )
     mesh = make_mesh(config.mesh, machine.devices)
     step = _step(config, mesh)
+    found = list(_programs(step))
+    names = [name for name, *_ in found]
+    for name in only:
+        if name not in names:
+            raise UserError(f"there is no program {name!r}; this run has {', '.join(names)}")
     programs: list[Program] = []
-    for name, resident, function, arguments in _programs(step):
-        say(f"{machine.name}: compiling {name}")
-        programs.append(_compile(name, resident, function, arguments, count))
+    for name, resident, function, arguments in found:
+        if not only or name in only:
+            say(f"{machine.name}: compiling {name}")
+            programs.append(_compile(name, resident, function, arguments, count))
     return Plan(
         machine=machine.name,
         kind=machine.devices[0].device_kind,
@@ -184,10 +197,14 @@ _Fields = TypeVar("_Fields", Rollout, Batch)
 
 def _placed(mesh: Mesh, fields: _Fields) -> _Fields:
     """The shapes of a rollout or a batch with the shardings that its arrays get."""
+    return _with(fields, row_shardings(mesh, fields))
+
+
+def _with(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        fields,
-        row_shardings(mesh, fields),
+        shapes,
+        shardings,
     )
 
 
@@ -278,8 +295,11 @@ def _float32(tree: Any) -> Any:
 
 
 def _kv_cache(step: _Step) -> int:
-    config, options = step.config, step.config.rollout
-    tokens, valid, _ = step.prompts
+    options = step.config.rollout
+    tokens, valid = (
+        jax.ShapeDtypeStruct((len(x) // options.sampling_chunks, x.shape[1]), x.dtype)
+        for x in step.prompts[:2]
+    )
 
     def cache(params: Params, tokens: Any, valid: Any) -> Any:
         prefill = step.model.trunk(params["trunk"], tokens, column_positions(valid), valid)
@@ -287,5 +307,4 @@ def _kv_cache(step: _Step) -> int:
         return extend(prefill.cache, copies=options.group_size, columns=columns)
 
     shapes = jax.eval_shape(cache, step.state.params, tokens, valid)
-    places = math.prod(config.mesh.__dict__.values())
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // places
+    return per_device(_with(shapes, cache_shardings(step.mesh, shapes)))

@@ -276,8 +276,8 @@ def run_plan(tmp_path, *arguments):
 
 
 def test_the_command_says_that_it_does_not_fit(tmp_path, capsys):
-    mesh = ("--mesh.fsdp", "2", "--mtp.regime", "detach")
-    assert run_plan(tmp_path, "--devices", "2", "--memory", "1e-5", *mesh) == 1
+    options = ("--memory", "1e-5", "--only", "rollout", "--mesh.fsdp", "2")
+    assert run_plan(tmp_path, "--devices", "2", *options) == 1
     out = capsys.readouterr().out
     assert out.startswith("2 virtual devices: 2 x cpu of 10 KiB, mesh fsdp 2\n")
     assert out.splitlines()[-1].startswith("does not fit: rollout is over by ")
@@ -287,7 +287,7 @@ def test_the_command_says_that_it_does_not_fit(tmp_path, capsys):
 def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
     tried = []
 
-    def stub(config, machine, say):
+    def stub(config, machine, say, only):
         tried.append(machine)
         return some_plan(resident=(3 if len(tried) < 3 else 1) * GIB)
 
@@ -302,10 +302,17 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--devices", "4"), "the mesh (data=1, fsdp=1, tensor=1) has 1 places, 4 virtual devices"),
+        (
+            ("--devices", "4"),
+            "the mesh (data=1, fsdp=1, tensor=1, expert=1) has 1 places, 4 virtual",
+        ),
         (("--devices", "99"), "--devices is 99; this process has started with 8"),
         (("--memory", "16"), "--memory goes with --devices"),
         (("--topology", "v5e:4x4"), "--topology v5e:4x4 needs the compiler for TPUs"),
+        (
+            ("--devices", "1", "--only", "updates"),
+            "there is no program 'updates'; this run has rollout, mini-batches, update",
+        ),
         ((), "the mesh has 1 places; name a slice of as many with --topology"),
         (("--devices", "2", "--topology", "v5e:4x4"), "not allowed with argument"),
     ],

@@ -29,8 +29,9 @@ from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
+from occ_jax.rl.gradients import micro_batches
 from occ_jax.rl.losses import rollout_correction
-from occ_jax.rollout.sampler import sample
+from occ_jax.rollout.sampler import sample_in_chunks
 from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
@@ -218,7 +219,8 @@ def jit_sampler(
 ) -> Callable[..., Rollout]:
     """`sample` compiled for a config: (params, prompts, prompt_valid, key) to a `Rollout`."""
     run = functools.partial(
-        sample,
+        sample_in_chunks,
+        config.rollout.sampling_chunks,
         model,
         group_size=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -239,18 +241,36 @@ def jit_splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list
     updates, temperature = config.algorithm.updates_per_rollout, config.rollout.temperature
     rescore = config.rollout.old_log_probs == "trainer"
 
+    def score(
+        params: Params, piece: Rollout, modules: bool
+    ) -> tuple[Float[Array, "B R"], Float[Array, "K B R"] | None]:
+        """A mini-batch as it is trained on, in micro-batches: a forward pass is no smaller."""
+        count = config.algorithm.micro_batches
+        if count == 1:
+            return _score(model, params, piece, temperature, modules)
+        parts = jax.lax.map(
+            lambda part: _score(model, params, part, temperature, modules),
+            micro_batches(piece, count),
+        )
+        main, heads = parts
+        main = main.reshape(-1, main.shape[-1])
+        if heads is not None:
+            heads = jnp.moveaxis(heads, 0, 1)
+            heads = heads.reshape(heads.shape[0], -1, heads.shape[-1])
+        return main, heads
+
     def finish(
         params: Params, reference: Params | None, piece: Rollout, advantages: Array
     ) -> Batch:
         old, auxiliary = piece.log_probs, piece.auxiliary_log_probs
         if rescore:
-            old, auxiliary = _score(model, params, piece, temperature, _scores_modules(config))
+            old, auxiliary = score(params, piece, _scores_modules(config))
         cap, weights = config.algorithm.rollout_correction_cap, None
         if cap is not None:
             weights = rollout_correction(old, piece.log_probs, cap=cap)
         reference_log_probs = None
         if reference is not None:
-            reference_log_probs, _ = _score(model, {"trunk": reference}, piece, temperature, False)
+            reference_log_probs, _ = score({"trunk": reference}, piece, False)
         return Batch(
             tokens=piece.tokens,
             valid=piece.valid,

@@ -1,0 +1,167 @@
+"""Softmax attention of whole sequences, by the kernel of the platform or in pieces without one.
+
+All of it is causal, over rows whose real tokens are neighbours. No path but `plain` makes an array
+of columns by columns. What comes out of columns that hold no token differs between the paths and
+means nothing: no real column reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jaxtyping import Array, Bool, Float
+
+from occ_jax.model_config import AttentionKernel
+from occ_jax.sharding import Names, current_mesh, spec_of
+
+_BLOCK = 512  # columns of queries and of keys that a TPU works on at once
+_LANES = 128
+
+
+def choose(kernel: AttentionKernel, dtype: jnp.dtype, width: int) -> AttentionKernel:
+    """What `auto` stands for where this is traced; every other kernel stands for itself.
+
+    Args:
+        kernel: the config's.
+        dtype: of queries, keys and values.
+        width: of a head.
+    """
+    if kernel != "auto":
+        return kernel
+    match _platform():
+        case "tpu":
+            return "splash"
+        case "cuda" | "gpu" if dtype.itemsize == 2 and width % 8 == 0 and width <= 128:
+            return "cudnn"
+        case _:
+            return "plain"
+
+
+def _platform() -> str:
+    """Of the mesh that `on_mesh` put here, which need not be this process's; else of JAX's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def in_pieces(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T N C"],
+    value: Float[Array, "B T N C"],
+    valid: Bool[Array, "B T"],
+    scale: float,
+    size: int,
+) -> Float[Array, "B T H C"]:
+    """The plain operations on `size` query columns at a time, made again for the backward pass."""
+    columns = query.shape[1]
+    padding = -columns % size
+    padded = jnp.pad(query, [(0, 0), (0, padding), (0, 0), (0, 0)])
+    pieces = jnp.moveaxis(padded.reshape(query.shape[0], -1, size, *query.shape[2:]), 1, 0)
+    reads = jnp.arange(columns)[None, :]
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, Array]) -> Array:
+        queries, first = piece
+        causal = reads <= first + jnp.arange(size)[:, None]
+        mask = (causal[None] & valid[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(queries, key, value, mask=mask, scale=scale)
+
+    out = jax.lax.map(one, (pieces, size * jnp.arange(len(pieces))))
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :columns]
+
+
+def by_lengths(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T N C"],
+    value: Float[Array, "B T N C"],
+    valid: Bool[Array, "B T"],
+    scale: float,
+    implementation: str,
+) -> Float[Array, "B T H C"]:
+    """For kernels that know padding on the right only: rows are turned until theirs is.
+
+    Args:
+        query: of all columns.
+        key: likewise.
+        value: likewise.
+        valid: columns of real tokens, neighbours.
+        scale: of the scores.
+        implementation: `jax.nn.dot_product_attention`'s.
+    """
+    columns = query.shape[1]
+    first = jnp.argmax(valid, axis=1)[:, None]
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+    def turned(x: Array, by: Array) -> Array:
+        places = (jnp.arange(columns)[None, :] + by) % columns
+        return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
+
+    out = jax.nn.dot_product_attention(
+        *(turned(x, first) for x in (query, key, value)),
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+    return turned(out, -first)
+
+
+def splash(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T N C"],
+    value: Float[Array, "B T N C"],
+    valid: Bool[Array, "B T"],
+    scale: float,
+    names: Names,
+) -> Float[Array, "B T H C"]:
+    """The TPU's kernel, on every device for the rows and heads that lie there.
+
+    Args:
+        query: of all columns.
+        key: likewise.
+        value: likewise.
+        valid: columns of real tokens; those without one attend among themselves.
+        scale: of the scores.
+        names: what the dimensions of the first three are called.
+    """
+    columns, width = query.shape[1], query.shape[3]
+    block = min(_BLOCK, math.ceil(columns / _LANES) * _LANES)
+    room = [(0, 0), (0, -columns % block), (0, 0), (0, -width % _LANES)]
+
+    # Scores are scaled in the type of the products, as the kernel wants.
+    arrays = [jnp.pad(x, room) for x in ((query * scale).astype(query.dtype), key, value)]
+    segments = jnp.pad(valid, room[:2]).astype(jnp.int32)
+    run = functools.partial(_rows, block=block, interpret=_platform() != "tpu")
+    mesh = current_mesh()
+    if mesh is not None:
+        specs = [spec_of(mesh, names, x.shape) for x in arrays]
+        rows = spec_of(mesh, names[:2], segments.shape)
+        # The kernel's results carry no record of the axes that they vary over.
+        run = jax.shard_map(run, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
+    return run(*arrays, segments)[:, :columns, :, :width]
+
+
+def _rows(
+    query: Array, key: Array, value: Array, segments: Array, *, block: int, interpret: bool
+) -> Array:
+    """Padded rows of one device."""
+    columns, heads = query.shape[1:3]
+    causal = splash_attention.CausalMask((columns, columns))
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([causal] * heads),
+        block_sizes=splash_attention.BlockSizes(*[block] * 8),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        by_head = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+        ids = splash_attention.SegmentIds(segments, segments)
+        return jnp.swapaxes(kernel(*by_head, segment_ids=ids), 0, 1)
+
+    return jax.vmap(row)(query, key, value, segments)
