@@ -44,7 +44,8 @@ def cache_shardings(mesh: Mesh, cache: Any) -> Any:
             names = (WINDOW, STATE)
         case _:
             return type(cache)(cache_shardings(mesh, part) for part in cache)
-    return type(cache)(
+    kind: Any = type(cache)
+    return kind(
         *(NamedSharding(mesh, spec_of(mesh, n, x.shape)) for n, x in zip(names, cache, strict=True))
     )
 

@@ -7,8 +7,8 @@ means nothing: no real column reads it.
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def by_lengths(
     value: Float[Array, "B T N C"],
     valid: Bool[Array, "B T"],
     scale: float,
-    implementation: str,
+    implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B T H C"]:
     """For kernels that know padding on the right only: rows are turned until theirs is.
 
@@ -100,12 +100,14 @@ def by_lengths(
         return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
 
     out = jax.nn.dot_product_attention(
-        *(turned(x, first) for x in (query, key, value)),
+        turned(query, first),
+        turned(key, first),
+        turned(value, first),
         scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+        implementation=implementation,
     )
     return turned(out, -first)
 
@@ -135,14 +137,21 @@ def splash(
     # Scores are scaled in the type of the products, as the kernel wants.
     arrays = [jnp.pad(x, room) for x in ((query * scale).astype(query.dtype), key, value)]
     segments = jnp.pad(valid, room[:2]).astype(jnp.int32)
-    run = functools.partial(_rows, block=block, interpret=_platform() != "tpu")
+    interpret = _platform() != "tpu"
+
+    def run(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        return _rows(query, key, value, segments, block=block, interpret=interpret)
+
     mesh = current_mesh()
     if mesh is not None:
         specs = [spec_of(mesh, names, x.shape) for x in arrays]
         rows = spec_of(mesh, names[:2], segments.shape)
         # The kernel's results carry no record of the axes that they vary over.
-        run = jax.shard_map(run, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
-    return run(*arrays, segments)[:, :columns, :, :width]
+        spread = jax.shard_map(run, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
+        out = spread(*arrays, segments)
+    else:
+        out = run(*arrays, segments)
+    return out[:, :columns, :, :width]
 
 
 def _rows(
@@ -153,7 +162,14 @@ def _rows(
     causal = splash_attention.CausalMask((columns, columns))
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([causal] * heads),
-        block_sizes=splash_attention.BlockSizes(*[block] * 8),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -161,7 +177,8 @@ def _rows(
 
     def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
         by_head = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
-        ids = splash_attention.SegmentIds(segments, segments)
-        return jnp.swapaxes(kernel(*by_head, segment_ids=ids), 0, 1)
+        out = kernel(*by_head, segment_ids=splash_attention.SegmentIds(segments, segments))
+        assert isinstance(out, jax.Array)  # a pair where residuals are asked for
+        return jnp.swapaxes(out, 0, 1)
 
     return jax.vmap(row)(query, key, value, segments)

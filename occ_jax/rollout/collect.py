@@ -239,61 +239,51 @@ def jit_sampler(
 def jit_splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
     """Advantages and mini-batches; scores the rollout again where the config asks for it."""
     updates, temperature = config.algorithm.updates_per_rollout, config.rollout.temperature
-    rescore = config.rollout.old_log_probs == "trainer"
+    pieces = updates * config.algorithm.micro_batches
 
     def score(
-        params: Params, piece: Rollout, modules: bool
+        params: Params, rollout: Rollout, modules: bool
     ) -> tuple[Float[Array, "B R"], Float[Array, "K B R"] | None]:
-        """A mini-batch as it is trained on, in micro-batches: a forward pass is no smaller."""
-        count = config.algorithm.micro_batches
-        if count == 1:
-            return _score(model, params, piece, temperature, modules)
-        parts = jax.lax.map(
-            lambda part: _score(model, params, part, temperature, modules),
-            micro_batches(piece, count),
+        """In pieces as those of an update, which there is room for."""
+        main, heads = jax.lax.map(
+            lambda piece: _score(model, params, piece, temperature, modules),
+            micro_batches(rollout, pieces),
         )
-        main, heads = parts
-        main = main.reshape(-1, main.shape[-1])
         if heads is not None:
-            heads = jnp.moveaxis(heads, 0, 1)
+            heads = jnp.moveaxis(heads, 1, 0)
             heads = heads.reshape(heads.shape[0], -1, heads.shape[-1])
-        return main, heads
-
-    def finish(
-        params: Params, reference: Params | None, piece: Rollout, advantages: Array
-    ) -> Batch:
-        old, auxiliary = piece.log_probs, piece.auxiliary_log_probs
-        if rescore:
-            old, auxiliary = score(params, piece, _scores_modules(config))
-        cap, weights = config.algorithm.rollout_correction_cap, None
-        if cap is not None:
-            weights = rollout_correction(old, piece.log_probs, cap=cap)
-        reference_log_probs = None
-        if reference is not None:
-            reference_log_probs, _ = score({"trunk": reference}, piece, False)
-        return Batch(
-            tokens=piece.tokens,
-            valid=piece.valid,
-            response_mask=piece.response_mask,
-            old_log_probs=old,
-            old_auxiliary_log_probs=auxiliary,
-            reference_log_probs=reference_log_probs,
-            weights=weights,
-            advantages=advantages,
-        )
+        return main.reshape(-1, main.shape[-1]), heads
 
     def run(
         params: Params, reference: Params | None, rollout: Rollout, rewards: Float[Array, "P G"]
     ) -> list[Batch]:
-        advantages = _advantages(config, rewards).reshape(-1)
-        size = advantages.shape[0] // updates
-        batches: list[Batch] = []
-        for number in range(updates):
-            cut = functools.partial(
-                jax.lax.slice_in_dim, start_index=number * size, limit_index=(number + 1) * size
-            )
-            piece = map_rows(lambda x, axis, cut=cut: cut(x, axis=axis), rollout)
-            batches.append(finish(params, reference, piece, cut(advantages)))
+        old, auxiliary = rollout.log_probs, rollout.auxiliary_log_probs
+        if config.rollout.old_log_probs == "trainer":
+            old, auxiliary = score(params, rollout, _scores_modules(config))
+        cap, weights = config.algorithm.rollout_correction_cap, None
+        if cap is not None:
+            weights = rollout_correction(old, rollout.log_probs, cap=cap)
+        reference_log_probs = None
+        if reference is not None:
+            reference_log_probs, _ = score({"trunk": reference}, rollout, False)
+        whole = Batch(
+            tokens=rollout.tokens,
+            valid=rollout.valid,
+            response_mask=rollout.response_mask,
+            old_log_probs=old,
+            old_auxiliary_log_probs=auxiliary,
+            reference_log_probs=reference_log_probs,
+            weights=weights,
+            advantages=_advantages(config, rewards).reshape(-1),
+        )
+        size = whole.advantages.shape[0] // updates
+
+        def cut(x: Array, axis: int, number: int) -> Array:
+            return jax.lax.slice_in_dim(x, number * size, (number + 1) * size, axis=axis)
+
+        batches = [
+            map_rows(functools.partial(cut, number=number), whole) for number in range(updates)
+        ]
         shardings = [row_shardings(mesh, batch) for batch in batches]
         return jax.lax.with_sharding_constraint(batches, shardings)
 
