@@ -61,7 +61,7 @@ def get_config() -> Config:
             attention_columns=mimo.model.attention_columns,
             logits_columns=mimo.model.logits_columns,
         ),
-        # 8 divides key-value heads, the width of an expert and the vocabulary.
-        mesh=MeshConfig(fsdp=16, tensor=8),
+        # 8 divides key-value heads, the width of an expert, the vocabulary and the experts.
+        mesh=MeshConfig(fsdp=2, expert=8, tensor=8),
         run=dataclasses.replace(mimo.run, directory="runs/glm45_air_dapo"),
     )

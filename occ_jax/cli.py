@@ -387,8 +387,8 @@ def _plan(config: Config, options: argparse.Namespace) -> int:
     # With libtpu installed JAX would look for a TPU of this machine's.
     jax.config.update("jax_platforms", "cpu")
     from occ_jax.machines import slices, topology, virtual
-    from occ_jax.plan import places, plan
-    from occ_jax.plan_report import render, to_json, verdict
+    from occ_jax.plan import least, places, plan
+    from occ_jax.plan_report import enough, render, to_json, verdict
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -396,15 +396,21 @@ def _plan(config: Config, options: argparse.Namespace) -> int:
     if options.memory is not None and options.devices is None:
         raise UserError("--memory goes with --devices; that of a TPU is known")
     if options.devices is not None:
-        found = plan(config, virtual(options.devices, options.memory), say, options.only)
+        machines = [virtual(options.devices, options.memory)]
     elif options.topology is not None:
-        found = plan(config, topology(options.topology), say, options.only)
+        machines = [topology(options.topology)]
     else:
-        for name in slices(places(config)):
-            found = plan(config, topology(name), say, options.only)
-            if found.fits:
-                break
-            say(f"{name}: {verdict(found)}")
+        machines = [topology(name) for name in slices(places(config))]
+        # What cannot fit is not worth the minutes of its compilation; the largest always is.
+        machines = [m for m in machines[:-1] if enough(m, least(config, m), say)] + machines[-1:]
+    *others, last = machines
+    for machine in others:
+        found = plan(config, machine, say, options.only)
+        if found.fits:
+            break
+        say(f"{machine.name}: {verdict(found)}")
+    else:
+        found = plan(config, last, say, options.only)
     print(json.dumps(to_json(found)) if options.json else render(found))
     return 0 if found.fits else 1
 

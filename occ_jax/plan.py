@@ -136,6 +136,12 @@ def plan(
     )
 
 
+def least(config: Config, machine: Machine) -> int:
+    """Bytes of a device that an update takes whatever its activations: state and gradients."""
+    step = _step(config, make_mesh(config.mesh, machine.devices))
+    return per_device(step.state) + _gradients(step)
+
+
 def per_device(tree: Any) -> int:
     """Bytes of one device's part of arrays, or of shapes with shardings."""
     return sum(

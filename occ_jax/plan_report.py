@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+from occ_jax.machines import Machine
 from occ_jax.plan import Plan
 from occ_jax.tables import markdown_table
 
@@ -55,6 +57,15 @@ def verdict(plan: Plan) -> str:
         elif program.refused:
             said.append(f"{program.name} is refused: {program.refused}")
     return "does not fit: " + "; ".join(said)
+
+
+def enough(machine: Machine, least: int, say: Callable[[str], None]) -> bool:
+    """Whether a machine's devices have room for `least` bytes; says so if not."""
+    if machine.memory is None or least <= machine.memory:
+        return True
+    said = f"does not fit: state and gradients alone take {_size(least)} a device"
+    say(f"{machine.name}: {said} of {_size(machine.memory)}")
+    return False
 
 
 def _parts(plan: Plan) -> list[tuple[str, ...]]:

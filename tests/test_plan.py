@@ -15,7 +15,7 @@ from occ_jax.cli import main
 from occ_jax.config import MeshConfig, MTPConfig, computation
 from occ_jax.flops import count_flops
 from occ_jax.hlo import collective_bytes, largest_arrays
-from occ_jax.machines import GIB, virtual
+from occ_jax.machines import GIB, Machine, virtual
 from occ_jax.models.model import Model
 from occ_jax.plan import Plan, Program, per_device, plan
 from occ_jax.plan_report import render, to_json, verdict
@@ -285,18 +285,24 @@ def test_the_command_says_that_it_does_not_fit(tmp_path, capsys):
 
 
 def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
-    tried = []
+    tried, devices = [], tuple(jax.devices()[:4])
+    rooms = {"v5e:2x2": 1000, "v6e:2x2": 2 * GIB, "v5p:2x2x1": 8 * GIB}
 
     def stub(config, machine, say, only):
-        tried.append(machine)
-        return some_plan(resident=(3 if len(tried) < 3 else 1) * GIB)
+        tried.append(machine.name)
+        return some_plan(resident=(1 if machine.name.startswith("v5p") else 3) * GIB)
 
-    monkeypatch.setattr(occ_jax.machines, "topology", lambda name: name)
+    monkeypatch.setattr(
+        occ_jax.machines, "topology", lambda name: Machine(name, devices, rooms[name])
+    )
     monkeypatch.setattr(occ_jax.plan, "plan", stub)
     assert run_plan(tmp_path, "--json", "--mesh.fsdp", "4") == 0
-    assert tried == ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"]
-    said = json.loads(capsys.readouterr().out)
-    assert said["fits"] and said["over"] == 0 and said["programs"][0]["total"] == 7 * GIB
+    assert tried == ["v6e:2x2", "v5p:2x2x1"]
+    out, said = capsys.readouterr()
+    assert json.loads(out)["fits"] and json.loads(out)["over"] == 0
+    assert json.loads(out)["programs"][0]["total"] == 7 * GIB
+    assert "v5e:2x2: does not fit: state and gradients alone take " in said
+    assert "v6e:2x2: does not fit: update is over by 1.00 GiB a device" in said
 
 
 @pytest.mark.parametrize(

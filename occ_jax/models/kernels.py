@@ -135,7 +135,8 @@ def splash(
     room = [(0, 0), (0, -columns % block), (0, 0), (0, -width % _LANES)]
 
     # Scores are scaled in the type of the products, as the kernel wants.
-    arrays = [jnp.pad(x, room) for x in ((query * scale).astype(query.dtype), key, value)]
+    query = (query * scale).astype(query.dtype)
+    query, key, value = (jnp.pad(x, room) for x in (query, key, value))
     segments = jnp.pad(valid, room[:2]).astype(jnp.int32)
     interpret = _platform() != "tpu"
 
@@ -144,13 +145,13 @@ def splash(
 
     mesh = current_mesh()
     if mesh is not None:
-        specs = [spec_of(mesh, names, x.shape) for x in arrays]
+        specs = [spec_of(mesh, names, x.shape) for x in (query, key, value)]
         rows = spec_of(mesh, names[:2], segments.shape)
         # The kernel's results carry no record of the axes that they vary over.
         spread = jax.shard_map(run, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
-        out = spread(*arrays, segments)
+        out = spread(query, key, value, segments)
     else:
-        out = run(*arrays, segments)
+        out = run(query, key, value, segments)
     return out[:, :columns, :, :width]
 
 
