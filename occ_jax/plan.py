@@ -28,7 +28,7 @@ from occ_jax.data.pipeline import prompt_columns
 from occ_jax.errors import UserError
 from occ_jax.flops import count_flops
 from occ_jax.hlo import collective_bytes, largest_arrays
-from occ_jax.machines import Machine
+from occ_jax.machines import GIB, Machine
 from occ_jax.models.cache import cache_shardings, extend
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import column_positions
@@ -123,6 +123,8 @@ def plan(
         if not only or name in only:
             say(f"{machine.name}: compiling {name}")
             programs.append(_compile(name, resident, function, arguments, count))
+            done = programs[-1]
+            say(f"  {done.total / GIB:.2f} GiB a device, {done.seconds:.0f} s  {done.refused}")
     return Plan(
         machine=machine.name,
         kind=machine.devices[0].device_kind,
