@@ -12,7 +12,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Bool, Float
 
 from occ_jax.model_config import AttentionKernel
@@ -159,6 +158,9 @@ def _rows(
     query: Array, key: Array, value: Array, segments: Array, *, block: int, interpret: bool
 ) -> Array:
     """Padded rows of one device."""
+    # Pallas takes half a second to import, which no other platform should pay.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     columns, heads = query.shape[1:3]
     causal = splash_attention.CausalMask((columns, columns))
     kernel = splash_attention.make_splash_mha(
