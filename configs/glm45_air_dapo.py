@@ -6,16 +6,14 @@ Reported by arXiv 2605.28184 after 200 steps, avg@32 in percent, the mean of the
 
     detach 65.9      ce 54.8      policy 64.4      occ 67.6
 
-Hardware, by arithmetic and not by a run: 128 accelerators of 80 GB, in groups of 8 with fast links.
+Hardware, by arithmetic and not by a run, for the 128 places of the mesh (a v6e:8x16 has as many, of
+32 GiB each), a device's part:
 
-    parameters, two AdamW moments, gradients: 109.2e9 x 4 bytes x 4      1,748 GB
-    keys and values while 2,048 completions are sampled at once:
-        2,048 rows x 10,240 tokens x 188,416 bytes                       3,951 GB
-    all of it over 128 devices                                           44.5 GB each
+    parameters, two AdamW moments, gradients: 109.2e9 x 4 bytes x 4      12.7 GiB
+    keys and values of the 256 completions that are sampled at once:
+        256 rows x 10,240 tokens x 188,416 bytes                          3.6 GiB
 
-The rest is for the weights of a layer gathered (2.3e9 x 2 bytes over 8 devices: 0.6 GB), layer
-inputs kept for the backward pass (a row of 10,240 tokens on 8 devices: 3.9 GB) and attention scores
-(12 heads x 10,240² x 4 bytes: 5.0 GB a copy).
+`python run.py plan configs/glm45_air_dapo.py --topology v6e:8x16` adds the rest (docs/plan.md).
 """
 
 import dataclasses
@@ -58,9 +56,10 @@ def get_config() -> Config:
             dtype=mimo.model.dtype,
             scan_layers=mimo.model.scan_layers,
             remat=mimo.model.remat,
+            attention_columns=mimo.model.attention_columns,
             logits_columns=mimo.model.logits_columns,
         ),
-        # 8 divides key-value heads, the width of an expert and the vocabulary.
-        mesh=MeshConfig(fsdp=16, tensor=8),
+        # 8 divides key-value heads, the width of an expert, the vocabulary and the experts.
+        mesh=MeshConfig(fsdp=2, expert=8, tensor=8),
         run=dataclasses.replace(mimo.run, directory="runs/glm45_air_dapo"),
     )

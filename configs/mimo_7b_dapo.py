@@ -12,17 +12,13 @@ Reported by the paper after 200 steps, avg@32 in percent, the mean of the six se
 
     detach 58.9      ce 47.7      policy 57.4      occ 61.7
 
-Hardware, by arithmetic and not by a run: 64 accelerators of 80 GB, in groups of 8 with fast links.
+Hardware, by plan and not by a run (docs/plan.md has the tables):
 
-    parameters, two AdamW moments, gradients: 7.83e9 x 4 bytes x 4         125 GB
-    keys and values while 2,048 completions are sampled at once:
-        2,048 rows x 10,240 tokens x 147,456 bytes                       3,092 GB
-    all of it over 64 devices                                            50.3 GB each
+    python run.py plan configs/mimo_7b_dapo.py --topology v5e:8x8
 
-The rest is for the weights of a layer gathered, layer inputs kept for the backward pass (2 rows of
-10,240 tokens on 8 devices: 6.0 GB) and attention scores (4 heads x 10,240² x 4 bytes x 2 rows: 3.4
-GB a copy). The keys and values are what asks for so many devices; they grow with
-`rollout.num_prompts` x `rollout.group_size` and with the tokens of a row.
+64 TPU v5e of 16 GiB. An update takes 6.5 GiB of each, a rollout 8.2, 5.6 of them the keys and
+values of the 256 completions that are sampled at once (`rollout.sampling_chunks`). Those of all
+2,048 would be 2,048 x 10,240 tokens x 147,456 bytes = 3,092 GB.
 """
 
 from occ_jax.config import (
@@ -79,6 +75,8 @@ def get_config() -> Config:
             scan_layers=True,
             # Layer inputs alone are kept: products of 10,240 tokens would be nine times as much.
             remat="full",
+            # Where no kernel attends: no device has one.
+            attention_columns=512,
             # 512 columns x 16 rows x 151,680 float32 logits are 5.0 GB over the mesh, not 80.
             logits_columns=512,
         ),
@@ -90,6 +88,8 @@ def get_config() -> Config:
             max_new_tokens=8192,
             temperature=1.0,
             old_log_probs="trainer",
+            # The keys and values of 256 rows of 10,240 tokens are 5.6 GiB of each of 64 devices.
+            sampling_chunks=8,
             dynamic_sampling=True,
         ),
         # Beside the length penalty, -1 to 0, the distance of right from wrong matters: DAPO's is 2.

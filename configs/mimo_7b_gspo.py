@@ -9,7 +9,7 @@ Reported by arXiv 2605.28184 after 200 steps, avg@32 in percent, the mean of the
 
     detach 57.8      ce 50.0      policy 56.2      occ 60.1
 
-Data and hardware as for configs/mimo_7b_dapo.py: 64 accelerators of 80 GB, by arithmetic.
+Data and hardware as for configs/mimo_7b_dapo.py, whose programs differ in the loss alone.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""train, compare, evaluate, generate, prepare, convert: arguments in, exit status out.
+"""train, compare, evaluate, generate, plan, prepare, convert: arguments in, exit status out.
 
 A user's mistake becomes one line on standard error and status 2, before any compute is spent.
 Heavy imports happen after the arguments are understood.
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from occ_jax.types import Params
 
 # Fields of a model that its parameters do not depend on.
-_SAME_PARAMETERS = {"model.dtype", "model.remat", "model.logits_columns"}
+_SAME_PARAMETERS = {
+    *("model.dtype", "model.remat"),
+    *("model.attention_kernel", "model.attention_columns", "model.logits_columns"),
+}
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
 
 
@@ -50,17 +53,16 @@ class _Help(argparse.Action):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command; returns the process's exit status."""
+    """Runs one command; returns the process's exit status, 1 for a plan that does not fit."""
     keep_freed_memory()
     try:
-        _parse(list(arguments))()
+        return _parse(list(arguments))() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -136,12 +138,12 @@ def _one_line(boxed: str) -> str:
     return said + (f"; did you mean {suggestion.group(1)}?" if suggestion else "")
 
 
-def _parse(arguments: list[str]) -> Callable[[], None]:
+def _parse(arguments: list[str]) -> Callable[[], int | None]:
     """What the arguments ask for, checked and ready to run."""
     parser = _Parser(prog="run.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    def add(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=text,
@@ -186,6 +188,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
     )
+    _add_machine(add("plan", _plan, "whether the config fits a machine: compiled, never run"))
     _add_compare_evaluations(commands)
     _add_prepare(commands)
     _add_convert(commands)
@@ -204,6 +207,26 @@ def _add_k(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k", type=_positive, nargs="+", default=[], help="of pass@k and maj@k (all answers)"
     )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_mutually_exclusive_group()
+    machine.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="a TPU slice such as v5e:4x4 or v5p:4x4x8 (the first that fits of those with as many "
+        "chips as the mesh has places)",
+    )
+    machine.add_argument(
+        "--devices", type=_positive, metavar="N", help="N devices of the CPU's compiler instead"
+    )
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of one of them, to compare with"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PROGRAM", help="of rollout, mini-batches, update"
+    )
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
 
 
 def _add_compare_evaluations(commands: Any) -> None:
@@ -354,6 +377,42 @@ def _compare_evaluations(options: argparse.Namespace) -> None:
     from occ_jax.evaluation.command import run_comparison
 
     run_comparison(options.a, options.b, options.k, options.output)
+
+
+def _plan(config: Config, options: argparse.Namespace) -> int:
+    import json
+
+    import jax
+
+    # With libtpu installed JAX would look for a TPU of this machine's.
+    jax.config.update("jax_platforms", "cpu")
+    from occ_jax.machines import slices, topology, virtual
+    from occ_jax.plan import least, places, plan
+    from occ_jax.plan_report import enough, render, to_json, verdict
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if options.memory is not None and options.devices is None:
+        raise UserError("--memory goes with --devices; that of a TPU is known")
+    if options.devices is not None:
+        machines = [virtual(options.devices, options.memory)]
+    elif options.topology is not None:
+        machines = [topology(options.topology)]
+    else:
+        machines = [topology(name) for name in slices(places(config))]
+        # What cannot fit is not worth the minutes of its compilation; the largest always is.
+        machines = [m for m in machines[:-1] if enough(m, least(config, m), say)] + machines[-1:]
+    *others, last = machines
+    for machine in others:
+        found = plan(config, machine, say, options.only)
+        if found.fits:
+            break
+        say(f"{machine.name}: {verdict(found)}")
+    else:
+        found = plan(config, last, say, options.only)
+    print(json.dumps(to_json(found)) if options.json else render(found))
+    return 0 if found.fits else 1
 
 
 def _generate(config: Config, options: argparse.Namespace) -> None:

@@ -153,6 +153,9 @@ class RolloutConfig:
     temperature: float = 1.0
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Who computes log pi_old: the sampler while it samples, or a forward pass of the trainer."""
+    sampling_chunks: int = 1
+    """Parts that a rollout's prompts are sampled in, one after the other: the KV cache is that of
+    one part."""
     dynamic_sampling: bool = False
     """Replace groups whose completions are all right or all wrong (DAPO)."""
     max_rounds: int = 8
@@ -162,7 +165,7 @@ class RolloutConfig:
         require_positive(
             "rollout", self, "num_prompts", "group_size", "max_new_tokens", "temperature"
         )
-        require_positive("rollout", self, "max_rounds")
+        require_positive("rollout", self, "sampling_chunks", "max_rounds")
         require_not_negative("rollout", self, "max_prompt_tokens")
         require_choice("rollout", self, "old_log_probs", Literal["sampler", "trainer"])
         require(
@@ -445,6 +448,14 @@ class Config:
             prompts,
             f"such that prompts, and the {rows} rows of a micro-batch, divide over the "
             f"{shards} places of mesh.data, mesh.fsdp and mesh.expert",
+        )
+        chunks = self.rollout.sampling_chunks
+        require(
+            prompts % chunks == 0 and prompts // chunks % shards == 0,
+            "rollout.sampling_chunks",
+            chunks,
+            f"such that it divides rollout.num_prompts ({prompts}), and a chunk the {shards} "
+            "places of mesh.data, mesh.fsdp and mesh.expert",
         )
         _require_mesh_divides(self.mesh, self.model)
         _require_dataset_fits(self)

@@ -206,9 +206,11 @@ def exact_objective(
 
 
 def prompts_a_call(config: Config, num_samples: int) -> int:
-    """Prompts that make about as many rows as a training rollout, and divide over the mesh."""
+    """Prompts that make about as many rows as are sampled at once, and divide over the mesh."""
     shards = config.mesh.row_shards
-    wanted = config.rollout.num_prompts * config.rollout.group_size // num_samples
+    options = config.rollout
+    rows_at_once = options.num_prompts * options.group_size // options.sampling_chunks
+    wanted = rows_at_once // num_samples
     return max(1, wanted // shards) * shards
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from occ_jax.checks import require, require_choice, require_not_negative, require_positive
 
 DType = Literal["float32", "bfloat16"]
+AttentionKernel = Literal["auto", "plain", "cudnn", "splash"]
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,11 @@ class ModelConfig:
     """One compiled layer run by a scan instead of one a layer: compile time of deep models."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, whole layers."""
+    attention_kernel: AttentionKernel = "auto"
+    """Of whole sequences: splash on TPUs, cudnn on GPUs for bfloat16, plain elsewhere; auto takes
+    that of the mesh's devices. Decoding against a cache is always plain."""
+    attention_columns: int = 0
+    """Query columns whose scores exist at once where attention is plain; 0 for all of them."""
     logits_columns: int = 0
     """Response columns whose logits over the vocabulary exist at once; 0 for all of them."""
 
@@ -215,7 +221,9 @@ class ModelConfig:
             *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("intermediate_size", "vocab_size", "rope_theta", "rms_norm_eps"),
         )
-        require_not_negative("model", self, "num_mtp_modules", "logits_columns")
+        require_not_negative(
+            "model", self, "num_mtp_modules", "attention_columns", "logits_columns"
+        )
         require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",
@@ -235,6 +243,13 @@ class ModelConfig:
         require_choice("model", self, "param_dtype", DType)
         require_choice("model", self, "dtype", DType)
         require_choice("model", self, "remat", Literal["none", "dots", "full"])
+        require_choice("model", self, "attention_kernel", AttentionKernel)
+        require(
+            self.attention_kernel != "cudnn" or self.dtype == "bfloat16",
+            "model.attention_kernel",
+            self.attention_kernel,
+            "auto, plain or splash with model.dtype float32",
+        )
         if self.moe is not None:
             require(
                 self.moe.first_dense_layers <= self.num_layers,

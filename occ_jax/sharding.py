@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -86,23 +87,27 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of as many of the first devices as it has places, with automatic axes.
+
+    Args:
+        config: places along every axis.
+        devices: this process's unless given.
 
     Raises:
         UserError: fewer devices than the mesh has places.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
     needed = math.prod(shape)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if len(devices) < needed:
         sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise UserError(
             f"the mesh ({sizes}) needs {needed} devices; this process sees {len(devices)}"
         )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed]
-    )
+    # An axis may lie on a part of one of the torus's: with four of them, few meshes fit otherwise.
+    placed = create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -63,10 +63,10 @@ class Batch(NamedTuple):
     advantages: Float[Array, " B"]
 
 
-_Rows = TypeVar("_Rows", Rollout, Batch)
+Rows = TypeVar("Rows", Rollout, Batch)
 
 
-def map_rows(function: Callable[[Any, int], Any], rows: _Rows) -> _Rows:
+def map_rows(function: Callable[[Any, int], Any], rows: Rows) -> Rows:
     """Applies `function(array, dimension of the rows)` to every field that is there."""
     return rows._replace(
         **{

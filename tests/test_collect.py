@@ -2,13 +2,19 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import occ_jax.rollout.collect
-from occ_jax.config import RewardConfig, WarmStartConfig
+from occ_jax.config import AlgorithmConfig, MeshConfig, RewardConfig, WarmStartConfig
 from occ_jax.errors import UserError
 from occ_jax.metrics import read_rows
+from occ_jax.models import Model
 from occ_jax.progress import Progress
+from occ_jax.rollout.collect import jit_sampler, jit_splitter
+from occ_jax.sharding import make_mesh
 from occ_jax.train import train
 from tests.tiny import tiny_config, verifier_saying
 
@@ -67,3 +73,42 @@ def test_a_wrong_answers_reward_is_the_configs(tmp_path, monkeypatch):
     )
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (row["critic/score/mean"], row["critic/rewards/mean"]) == (0.25, -0.5)
+
+
+def test_old_log_probs_are_the_same_in_micro_batches(tmp_path):
+    config = tiny_config(tmp_path)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, old_log_probs="trainer", sampling_chunks=2),
+    )
+    model, mesh = Model(config.model), make_mesh(config.mesh)
+    params = model.init(jax.random.key(0))
+    prompts, rows = jnp.tile(jnp.array([[2, 3, 4]]), (4, 1)), 16
+    rollout = jit_sampler(model, config, mesh, (1,), 0)(
+        params, prompts, jnp.ones((4, 3), bool), jax.random.key(0)
+    )
+    rewards = jnp.arange(rows, dtype=jnp.float32).reshape(4, 4)
+    whole, pieces = (
+        jit_splitter(
+            model,
+            dataclasses.replace(
+                config, algorithm=AlgorithmConfig(updates_per_rollout=2, micro_batches=count)
+            ),
+            mesh,
+        )(params, None, rollout, rewards)
+        for count in (1, 2)
+    )
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+    # The sampler's own, where rows go on.
+    mask = np.asarray(rollout.response_mask)
+    old = np.concatenate([batch.old_log_probs for batch in pieces])
+    np.testing.assert_allclose(old[mask], rollout.log_probs[mask], rtol=1e-4, atol=1e-4)
+    assert pieces[0].old_auxiliary_log_probs.shape == (1, rows // 2, 4)
+
+
+def test_chunks_that_leave_a_device_without_prompts_are_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    rollout = dataclasses.replace(config.rollout, sampling_chunks=4)
+    with pytest.raises(UserError, match=r"^rollout\.sampling_chunks is 4; it must be such that"):
+        dataclasses.replace(config, rollout=rollout, mesh=MeshConfig(fsdp=2))

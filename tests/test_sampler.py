@@ -17,6 +17,7 @@ from occ_jax.models.scoring import (
     trunk_states,
 )
 from occ_jax.rollout import sample
+from occ_jax.rollout.sampler import sample_in_chunks
 
 PAD, EOS, NEVER = 0, 1, -1
 VOCABULARY, MODULES = 16, 2
@@ -57,6 +58,7 @@ def run(
     prompts,
     *,
     seed=0,
+    key=None,
     temperature=1.0,
     group_size=GROUP,
     max_new_tokens=NEW_TOKENS,
@@ -68,7 +70,7 @@ def run(
         MODEL,
         params,
         *prompts,
-        jax.random.key(seed),
+        jax.random.key(seed) if key is None else key,
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -321,3 +323,27 @@ def test_bfloat16_and_no_modules_trace(temperature):
             assert rollout.auxiliary_log_probs.dtype == jnp.float32
         else:
             assert rollout.auxiliary_log_probs is None
+
+
+def test_chunks_of_prompts_are_sampled_as_calls_of_their_own(params):
+    prompts, valid = padded(lengths=np.array([5, 3, 1, 4]))
+    options = {
+        "group_size": 2,
+        "max_new_tokens": NEW_TOKENS,
+        "temperature": 1.0,
+        "eos_ids": (EOS,),
+        "pad_id": PAD,
+        "auxiliary": True,
+    }
+    whole = jax.jit(functools.partial(sample_in_chunks, 2, MODEL, **options))
+    found = whole(params, prompts, valid, jax.random.key(0))
+    for chunk in range(2):
+        key, two = jax.random.fold_in(jax.random.key(0), chunk), slice(2 * chunk, 2 * chunk + 2)
+        alone = run(params, (prompts[two], valid[two]), key=key, group_size=2)
+        four = slice(4 * chunk, 4 * chunk + 4)
+        np.testing.assert_array_equal(found.tokens[four], alone.tokens)
+        np.testing.assert_array_equal(found.valid[four], alone.valid)
+        np.testing.assert_array_equal(found.response_mask[four], alone.response_mask)
+        close(found.log_probs[four], alone.log_probs)
+        close(found.auxiliary_log_probs[:, four], alone.auxiliary_log_probs)
+    assert len(np.unique(found.tokens, axis=0)) > 4

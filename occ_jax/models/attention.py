@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.model_config import ModelConfig
+from occ_jax.models.kernels import by_lengths, choose, in_pieces, splash
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
 from occ_jax.sharding import Names, constrain
@@ -45,6 +46,7 @@ def attention_mask(columns: Columns) -> Bool[Array, "B T S"]:
 
 
 def attend(
+    config: ModelConfig,
     query: Float[Array, "B T H C"],
     key: Float[Array, "B S N C"],
     value: Float[Array, "B S N X"],
@@ -56,8 +58,20 @@ def attend(
     if size < width:
         # The kernels want values as wide as keys.
         value = jnp.pad(value, [(0, 0)] * 3 + [(0, width - size)])
-    mask = attention_mask(columns)[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)[..., :size]
+    arrays, factor = (query, key, value), width**-0.5 if scale is None else scale
+    # Columns that are added to a cache are few, and what they attend to is not square.
+    whole = isinstance(columns.index, int) and query.shape[1] == key.shape[1]
+    kernel = choose(config.attention_kernel, query.dtype, width) if whole else "plain"
+    if kernel == "splash":
+        out = splash(*arrays, columns.valid, factor, BY_HEAD)
+    elif kernel == "cudnn":
+        out = by_lengths(*arrays, columns.valid, factor, "cudnn")
+    elif whole and 0 < config.attention_columns < query.shape[1]:
+        out = in_pieces(*arrays, columns.valid, factor, config.attention_columns)
+    else:
+        mask = attention_mask(columns)[:, None]
+        out = jax.nn.dot_product_attention(*arrays, mask=mask, scale=scale)
+    return out[..., :size]
 
 
 def write_columns(
@@ -107,7 +121,7 @@ class Attention(nnx.Module):
         if cache is not None:
             pairs = zip(cache, new, strict=True)
             new = KVCache(*(write_columns(*pair, columns.index, BY_HEAD) for pair in pairs))
-        mixed = attend(query, new.keys, new.values, columns).reshape(*x.shape[:2], -1)
+        mixed = attend(config, query, new.keys, new.values, columns).reshape(*x.shape[:2], -1)
         if config.attention_gate:
             mixed = mixed * jax.nn.sigmoid(self.gate(x))
         return self.output(mixed), new

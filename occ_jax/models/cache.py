@@ -1,16 +1,17 @@
-"""What happens to a KV cache between the prompt and the first decoded token."""
+"""What happens to a KV cache between prompt and first decoded token, and where it lies."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from occ_jax.models.attention import BY_HEAD, KVCache
 from occ_jax.models.delta_net import STATE, WINDOW, DeltaState
 from occ_jax.models.latent_attention import WHOLE, LatentCache
-from occ_jax.sharding import Names, constrain
+from occ_jax.sharding import Names, constrain, spec_of
 
 
 def extend(cache: Any, *, copies: int, columns: int) -> Any:
@@ -30,6 +31,23 @@ def extend(cache: Any, *, copies: int, columns: int) -> Any:
             return DeltaState(_extend(window, WINDOW, copies, 0), _extend(state, STATE, copies, 0))
         case _:
             return type(cache)(extend(part, copies=copies, columns=columns) for part in cache)
+
+
+def cache_shardings(mesh: Mesh, cache: Any) -> Any:
+    """Where the arrays of caches lie on a mesh."""
+    match cache:
+        case KVCache():
+            names = (BY_HEAD, BY_HEAD)
+        case LatentCache():
+            names = (WHOLE, WHOLE)
+        case DeltaState():
+            names = (WINDOW, STATE)
+        case _:
+            return type(cache)(cache_shardings(mesh, part) for part in cache)
+    kind: Any = type(cache)
+    return kind(
+        *(NamedSharding(mesh, spec_of(mesh, n, x.shape)) for n, x in zip(names, cache, strict=True))
+    )
 
 
 def _extend(x: Array, names: Names, copies: int, columns: int) -> Array:

@@ -87,6 +87,7 @@ class LatentAttention(nnx.Module):
             cache.keys[:, :, None], (*key.shape[:3], self.latent.rope_head_dim)
         )
         return attend(
+            self.config,
             jnp.concatenate([plain, turned], axis=-1),
             jnp.concatenate([key, shared], axis=-1),
             value,
@@ -104,6 +105,7 @@ class LatentAttention(nnx.Module):
         value_up = self.value.kernel[...].astype(dtype).reshape(by_head)
         folded = jnp.einsum("bthc,xhc->bthx", plain, key_up)
         mixed = attend(
+            self.config,
             jnp.concatenate([folded, turned], axis=-1),
             jnp.concatenate([cache.latents, cache.keys], axis=-1)[:, :, None].astype(dtype),
             cache.latents[:, :, None].astype(dtype),

@@ -41,7 +41,7 @@ from occ_jax.rl.objective import (
     module_states,
 )
 from occ_jax.sharding import constrain
-from occ_jax.types import Batch, Params, map_rows
+from occ_jax.types import Batch, Params, Rows, map_rows
 
 
 class Gradients(NamedTuple):
@@ -97,7 +97,7 @@ def mini_batch_gradients(
     count = config.algorithm.micro_batches
     if count == 1:
         return one(batch)
-    pieces = _split(batch, count)
+    pieces = micro_batches(batch, count)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
     # Sums of bfloat16 gradients are kept in float32 until they are whole.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
@@ -108,8 +108,8 @@ def mini_batch_gradients(
     return jax.tree.map(lambda x, shape: x.astype(shape.dtype), total, shapes)
 
 
-def _split(batch: Batch, count: int) -> Batch:
-    """Rows [B] to [M, B/M], M in front."""
+def micro_batches(batch: Rows, count: int) -> Rows:
+    """Rows [B] of a batch or a rollout to [M, B/M], M in front."""
 
     def split(x: Array, rows: int) -> Array:
         shape = (*x.shape[:rows], count, x.shape[rows] // count, *x.shape[rows + 1 :])

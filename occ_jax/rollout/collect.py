@@ -29,8 +29,9 @@ from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
+from occ_jax.rl.gradients import micro_batches
 from occ_jax.rl.losses import rollout_correction
-from occ_jax.rollout.sampler import sample
+from occ_jax.rollout.sampler import sample_in_chunks
 from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
@@ -100,7 +101,7 @@ def collect(
             buffer_tokens=config.algorithm.overlong_buffer_tokens,
             factor=config.algorithm.overlong_penalty,
         )
-    split = _splitter(model, computation(config), mesh)
+    split = jit_splitter(model, computation(config), mesh)
     rollout = jax.device_put(group.rollout, row_shardings(mesh, group.rollout))
     batches = split(params, reference, rollout, jnp.asarray(rewards, jnp.float32))
     tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
@@ -128,7 +129,7 @@ def _sample_group(
 ) -> _Group:
     padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
-    rollout = _sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
+    rollout = jit_sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
     # The rollout is under way, behind the updates that make `params`: waiting for these costs
     # nothing and tells the two apart.
     jax.block_until_ready(params)
@@ -213,11 +214,13 @@ def _scores_modules(config: Config) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(
+def jit_sampler(
     model: Model, config: Config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int
 ) -> Callable[..., Rollout]:
+    """`sample` compiled for a config: (params, prompts, prompt_valid, key) to a `Rollout`."""
     run = functools.partial(
-        sample,
+        sample_in_chunks,
+        config.rollout.sampling_chunks,
         model,
         group_size=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -233,46 +236,54 @@ def _sampler(
 
 
 @functools.lru_cache(maxsize=16)
-def _splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
+def jit_splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
     """Advantages and mini-batches; scores the rollout again where the config asks for it."""
     updates, temperature = config.algorithm.updates_per_rollout, config.rollout.temperature
-    rescore = config.rollout.old_log_probs == "trainer"
+    pieces = updates * config.algorithm.micro_batches
 
-    def finish(
-        params: Params, reference: Params | None, piece: Rollout, advantages: Array
-    ) -> Batch:
-        old, auxiliary = piece.log_probs, piece.auxiliary_log_probs
-        if rescore:
-            old, auxiliary = _score(model, params, piece, temperature, _scores_modules(config))
-        cap, weights = config.algorithm.rollout_correction_cap, None
-        if cap is not None:
-            weights = rollout_correction(old, piece.log_probs, cap=cap)
-        reference_log_probs = None
-        if reference is not None:
-            reference_log_probs, _ = _score(model, {"trunk": reference}, piece, temperature, False)
-        return Batch(
-            tokens=piece.tokens,
-            valid=piece.valid,
-            response_mask=piece.response_mask,
-            old_log_probs=old,
-            old_auxiliary_log_probs=auxiliary,
-            reference_log_probs=reference_log_probs,
-            weights=weights,
-            advantages=advantages,
+    def score(
+        params: Params, rollout: Rollout, modules: bool
+    ) -> tuple[Float[Array, "B R"], Float[Array, "K B R"] | None]:
+        """In pieces as those of an update, which there is room for."""
+        main, heads = jax.lax.map(
+            lambda piece: _score(model, params, piece, temperature, modules),
+            micro_batches(rollout, pieces),
         )
+        if heads is not None:
+            heads = jnp.moveaxis(heads, 1, 0)
+            heads = heads.reshape(heads.shape[0], -1, heads.shape[-1])
+        return main.reshape(-1, main.shape[-1]), heads
 
     def run(
         params: Params, reference: Params | None, rollout: Rollout, rewards: Float[Array, "P G"]
     ) -> list[Batch]:
-        advantages = _advantages(config, rewards).reshape(-1)
-        size = advantages.shape[0] // updates
-        batches: list[Batch] = []
-        for number in range(updates):
-            cut = functools.partial(
-                jax.lax.slice_in_dim, start_index=number * size, limit_index=(number + 1) * size
-            )
-            piece = map_rows(lambda x, axis, cut=cut: cut(x, axis=axis), rollout)
-            batches.append(finish(params, reference, piece, cut(advantages)))
+        old, auxiliary = rollout.log_probs, rollout.auxiliary_log_probs
+        if config.rollout.old_log_probs == "trainer":
+            old, auxiliary = score(params, rollout, _scores_modules(config))
+        cap, weights = config.algorithm.rollout_correction_cap, None
+        if cap is not None:
+            weights = rollout_correction(old, rollout.log_probs, cap=cap)
+        reference_log_probs = None
+        if reference is not None:
+            reference_log_probs, _ = score({"trunk": reference}, rollout, False)
+        whole = Batch(
+            tokens=rollout.tokens,
+            valid=rollout.valid,
+            response_mask=rollout.response_mask,
+            old_log_probs=old,
+            old_auxiliary_log_probs=auxiliary,
+            reference_log_probs=reference_log_probs,
+            weights=weights,
+            advantages=_advantages(config, rewards).reshape(-1),
+        )
+        size = whole.advantages.shape[0] // updates
+
+        def cut(x: Array, axis: int, number: int) -> Array:
+            return jax.lax.slice_in_dim(x, number * size, (number + 1) * size, axis=axis)
+
+        batches = [
+            map_rows(functools.partial(cut, number=number), whole) for number in range(updates)
+        ]
         shardings = [row_shardings(mesh, batch) for batch in batches]
         return jax.lax.with_sharding_constraint(batches, shardings)
 

@@ -8,7 +8,7 @@ they cost one pass of the modules and none of the trunk.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, column_positions, score_tokens
 from occ_jax.sharding import constrain
-from occ_jax.types import Params, Rollout
+from occ_jax.types import Params, Rollout, map_rows
 
 
 class _Carry(NamedTuple):
@@ -33,6 +33,39 @@ class _Carry(NamedTuple):
     done: Bool[Array, " B"]
     cache: Cache
     mtp_input: Float[Array, "B T-1 D"] | None
+
+
+def sample_in_chunks(
+    chunks: int,
+    model: Model,
+    params: Params,
+    prompts: Int[Array, "N P"],
+    prompt_valid: Bool[Array, "N P"],
+    key: Key[Array, ""],
+    **options: Any,
+) -> Rollout:
+    """`sample`, so many prompts after the other that there is room for their caches.
+
+    Part i of the prompts gets the completions that a call for it alone would give with the key
+    `jax.random.fold_in(key, i)`; in one part all is as in `sample`.
+    """
+    if chunks == 1:
+        return sample(model, params, prompts, prompt_valid, key, **options)
+
+    def cut(x: Array) -> Array:
+        return constrain(x.reshape(chunks, -1, x.shape[1]), None, "rows", None)
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(chunks))
+    parts = jax.lax.map(
+        lambda part: sample(model, params, *part, **options),
+        (cut(prompts), cut(prompt_valid), keys),
+    )
+
+    def join(x: Array, rows: int) -> Array:
+        x = jnp.moveaxis(x, 0, rows)
+        return x.reshape(*x.shape[:rows], -1, *x.shape[rows + 2 :])
+
+    return map_rows(join, parts)
 
 
 def sample(

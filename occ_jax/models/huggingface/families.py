@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from occ_jax.errors import UserError
 from occ_jax.model_config import (
+    AttentionKernel,
     DeltaNetConfig,
     DType,
     LatentAttentionConfig,
@@ -24,7 +25,10 @@ from occ_jax.models.huggingface.files import CONFIG, Json, read_config_json, rea
 from occ_jax.models.huggingface.names import Names
 from occ_jax.models.huggingface.values import Values, basics
 
-FREE_FIELDS = ("param_dtype", "dtype", "scan_layers", "remat", "logits_columns")
+FREE_FIELDS = (
+    *("param_dtype", "dtype", "scan_layers", "remat"),
+    *("attention_kernel", "attention_columns", "logits_columns"),
+)
 """Of a `ModelConfig`: what no checkpoint decides."""
 
 
@@ -37,6 +41,8 @@ def read_config(
     dtype: DType = "float32",
     scan_layers: bool = False,
     remat: Literal["none", "dots", "full"] = "none",
+    attention_kernel: AttentionKernel = "auto",
+    attention_columns: int = 0,
     logits_columns: int = 0,
 ) -> ModelConfig:
     """The model that a Hugging Face directory describes.
@@ -50,6 +56,8 @@ def read_config(
         dtype: of activations.
         scan_layers: one compiled layer.
         remat: what the backward pass recomputes.
+        attention_kernel: of whole sequences.
+        attention_columns: query columns whose scores exist at once.
         logits_columns: response columns whose logits exist at once.
 
     Raises:
@@ -84,6 +92,8 @@ def read_config(
         dtype=dtype,
         scan_layers=scan_layers,
         remat=remat,
+        attention_kernel=attention_kernel,
+        attention_columns=attention_columns,
         logits_columns=logits_columns,
     )
 

@@ -1,0 +1,236 @@
+"""What a compiled program sends between devices, read from its text.
+
+XLA reports no bytes for its collectives. Its text names them, in loops and in fusions, so they are
+found by walking it from the entry: the body of a loop counts as often as the loop runs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+_NOT_MADE = ("parameter", "get-tuple-element", "bitcast", "constant")
+_BITS = {"pred": 8, "token": 0, "f8": 8}  # all others end in their bits
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|[^,\s]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+
+
+class _Collective(NamedTuple):
+    kind: str
+    channel: str
+    size: int
+
+
+class _Call(NamedTuple):
+    target: str
+    trips: int  # 1 but for the body of a loop
+    own_scope: bool  # a loop's body or a branch; a fusion is part of what surrounds it
+
+
+class _Computation(NamedTuple):
+    collectives: list[_Collective]
+    calls: list[_Call]
+    constants: list[int]  # whole numbers it holds
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes by kind of collective that one device takes part in while the program runs once.
+
+    A collective counts with the larger of what a device puts in and what it gets out. Between its
+    start and its end the compiler may name an asynchronous one several times, all with the same
+    channel; it counts once.
+
+    Args:
+        text: of a compiled and partitioned program (`jax.stages.Compiled.as_text`).
+    """
+    computations, entry = _read(text)
+    totals: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        for kind, size in _of_scope(computations, name).items():
+            totals[kind] = totals.get(kind, 0) + times * size
+        for call in _calls_of_scope(computations, name):
+            visit(call.target, times * call.trips)
+
+    visit(entry, 1)
+    return totals
+
+
+def largest_arrays(text: str, count: int) -> list[tuple[int, str]]:
+    """The largest arrays that the program makes in a device's main memory, largest first.
+
+    Args:
+        text: as above.
+        count: how many at most.
+
+    Returns:
+        (bytes, type and where it comes from); of equal ones the first.
+    """
+    found: dict[str, int] = {}
+    fused = False
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            fused = "fused_computation" in header.group(2)
+        instruction = _INSTRUCTION.match(line)
+        if not instruction or fused:
+            continue
+        result, operation, arguments = _split(line[instruction.end() :])
+        # A tuple's parts are made elsewhere; S(1) is memory on the chip.
+        if operation in _NOT_MADE or result.startswith("(") or "S(1)" in result:
+            continue
+        origin = re.search(r'op_name="([^"]*)"', arguments)
+        where = origin.group(1) if origin else operation
+        shape = _SHAPE.match(result)
+        if shape:
+            found.setdefault(f"{shape.group(0)}  {where}", _bytes(result))
+    ranked = sorted(found.items(), key=lambda item: -item[1])[:count]
+    return [(size, name) for name, size in ranked]
+
+
+def _of_scope(computations: dict[str, _Computation], name: str) -> dict[str, int]:
+    """Collectives of a computation and of the fusions in it, each channel once."""
+    largest: dict[tuple[str, str], int] = {}
+    for computation in _scope(computations, name):
+        for kind, channel, size in computation.collectives:
+            largest[kind, channel] = max(size, largest.get((kind, channel), 0))
+    sizes: dict[str, int] = {}
+    for (kind, _), size in largest.items():
+        sizes[kind] = sizes.get(kind, 0) + size
+    return sizes
+
+
+def _calls_of_scope(computations: dict[str, _Computation], name: str) -> list[_Call]:
+    return [
+        call
+        for computation in _scope(computations, name)
+        for call in computation.calls
+        if call.own_scope
+    ]
+
+
+def _scope(computations: dict[str, _Computation], name: str) -> list[_Computation]:
+    computation = computations[name]
+    inside = [call.target for call in computation.calls if not call.own_scope]
+    return [computation, *(part for target in inside for part in _scope(computations, target))]
+
+
+def _read(text: str) -> tuple[dict[str, _Computation], str]:
+    """All computations by name, and the name of the entry."""
+    computations: dict[str, _Computation] = {}
+    conditions: list[tuple[str, int, str]] = []
+    entry = name = ""
+    shapes: dict[str, int] = {}
+    for line in text.splitlines():
+        if line[:1] not in (" ", "}", ""):
+            header = _HEADER.match(line)
+            if header:
+                name = header.group(2)
+                entry = name if header.group(1) else entry
+                computations[name], shapes = _Computation([], [], []), {}
+            continue
+        found = _INSTRUCTION.match(line)
+        if not found or not name:
+            continue
+        _instruction(line, found, name, computations, shapes, conditions)
+    for owner, position, condition in conditions:
+        bound = max([1, *computations[condition].constants])
+        calls = computations[owner].calls
+        calls[position] = calls[position]._replace(trips=bound)
+    return computations, entry
+
+
+def _instruction(
+    line: str,
+    found: re.Match[str],
+    owner: str,
+    computations: dict[str, _Computation],
+    shapes: dict[str, int],
+    conditions: list[tuple[str, int, str]],
+) -> None:
+    """Adds one instruction to its computation."""
+    computation = computations[owner]
+    rest = line[found.end() :]
+    result, operation, arguments = _split(rest)
+    size = _bytes(result)
+    shapes[found.group(1)] = size
+    if operation == "constant" and re.fullmatch(r"[su]\d+\[\].*", result):
+        value = re.match(r"\(?(-?\d+)", arguments)
+        if value:
+            computation.constants.append(int(value.group(1)))
+    kind = operation.removesuffix("-start")
+    if kind in KINDS:
+        operands = sum(shapes.get(name, 0) for name in _names(arguments))
+        if operation.endswith("-start"):  # its result holds operands, results and scalar contexts
+            size = _bytes(re.sub(r"\w+\[\]", "", result)) - operands
+        channel = _CHANNEL.search(line)
+        computation.collectives.append(
+            _Collective(kind, channel.group(1) if channel else found.group(1), max(size, operands))
+        )
+        return
+    if operation == "while":
+        body = re.search(r"body=%?([\w.\-]+)", line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
+        assert body and condition, line
+        trips = _TRIPS.search(line)
+        computation.calls.append(_Call(body.group(1), int(trips.group(1)) if trips else 1, True))
+        if not trips:
+            conditions.append((owner, len(computation.calls) - 1, condition.group(1)))
+        return
+    called = _CALLED.search(arguments)
+    if called:
+        for target in re.findall(r"[\w.\-]+", called.group(1)):
+            computation.calls.append(_Call(target, 1, operation == "conditional"))
+
+
+def _split(rest: str) -> tuple[str, str, str]:
+    """Result type, operation, and what follows its opening bracket."""
+    depth = 0
+    for position, letter in enumerate(rest):
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == " " and depth == 0:
+            operation, _, arguments = rest[position + 1 :].partition("(")
+            return rest[:position], operation, arguments
+    return rest, "", ""
+
+
+def _names(arguments: str) -> list[str]:
+    """Operands, up to the closing bracket of their list."""
+    depth = 1
+    for position, letter in enumerate(arguments):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            return re.findall(r"%([\w.\-]+)", arguments[:position])
+    return re.findall(r"%([\w.\-]+)", arguments)
+
+
+def _bytes(types: str) -> int:
+    """Bytes of a type or of all types of a tuple, layouts and padding left out."""
+    total = 0
+    for kind, dimensions in _SHAPE.findall(types):
+        bits = _BITS.get(kind[:2] if kind.startswith("f8") else kind)
+        if bits is None:
+            number = re.search(r"(\d+)", kind)
+            bits = int(number.group(1)) if number else 0
+        count = 1
+        for dimension in dimensions.split(","):
+            count *= int(dimension) if dimension else 1
+        total += count * bits // 8
+    return total

@@ -1,0 +1,106 @@
+"""Machines to compile for: TPU slices by name, or virtual devices of the CPU's compiler.
+
+Owns how much memory a device has; nothing here needs a TPU or allocates an array.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from occ_jax.errors import UserError
+
+GIB = 2**30
+
+# Memory of one device, GiB, by JAX's name of the kind: HBM of a chip as Google Cloud publishes it
+# (cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x); two devices share the 192 of a TPU7x. The
+# compiler refuses by limits of its own, a little below or above.
+HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+
+# Slices to try where none is named, least memory first, by their number of devices.
+_SLICES = {
+    4: ("v5e:2x2", "v6e:2x2", "v5p:2x2x1"),
+    8: ("v5e:2x4", "v6e:2x4", "v5p:2x2x2"),
+    16: ("v5e:4x4", "v6e:4x4", "v5p:2x2x4"),
+    32: ("v5e:4x8", "v6e:4x8", "v5p:2x4x4"),
+    64: ("v5e:8x8", "v6e:8x8", "v5p:4x4x4"),
+    128: ("v5e:8x16", "v6e:8x16", "v5p:4x4x8"),
+    256: ("v5e:16x16", "v6e:16x16", "v5p:4x8x8"),
+    512: ("v5p:8x8x8",),
+}
+
+
+class Machine(NamedTuple):
+    """Devices to compile for."""
+
+    name: str
+    devices: tuple[Any, ...]
+    memory: int | None  # bytes of one device; None where nobody knows
+
+
+def topology(name: str) -> Machine:
+    """A TPU slice that need not exist, such as v5e:4x4 or v5p:4x4x8.
+
+    Raises:
+        UserError: libtpu is not installed or knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology {name} needs the compiler for TPUs: pip install 'occ_jax[plan]' in an "
+            "environment of its own; --devices N plans with the CPU's compiler instead"
+        )
+    # Keeps libtpu from asking where it runs: on no TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # A compiler may be loaded several times at once, a driver not.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except RuntimeError as error:
+        said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--topology {name}: {said} (such as v5e:4x4, v5p:4x4x8)") from error
+    kind = devices[0].device_kind
+    if kind not in HBM_GIB:
+        known = ", ".join(HBM_GIB)
+        raise UserError(f"--topology {name}: the memory of a {kind} is not known, of {known} it is")
+    return Machine(name, tuple(devices), HBM_GIB[kind] * GIB)
+
+
+def virtual(count: int, memory_gib: float | None) -> Machine:
+    """`count` devices of the CPU's compiler, each with as much memory as is said.
+
+    Raises:
+        UserError: this process has started with fewer.
+    """
+    # A process that has started its backend keeps the devices it has.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(f"--devices is {count}; this process has started with {len(devices)}")
+    memory = None if memory_gib is None else int(memory_gib * GIB)
+    return Machine(f"{count} virtual devices", tuple(devices[:count]), memory)
+
+
+def slices(places: int) -> tuple[str, ...]:
+    """Slices with as many devices as a mesh has places, least memory first.
+
+    Raises:
+        UserError: there is none.
+    """
+    if places not in _SLICES:
+        counts = ", ".join(map(str, _SLICES))
+        raise UserError(
+            f"the mesh has {places} places; name a slice of as many with --topology, or set "
+            f"--mesh.* so that they are one of {counts}"
+        )
+    return _SLICES[places]

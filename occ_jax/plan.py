@@ -1,0 +1,318 @@
+"""Whether an experiment fits a machine that is not there: compiled ahead of time, never run.
+
+The programs of a step (rollout, mini-batches with their old log-probabilities, updates) are lowered
+with the config's real shapes and shardings and compiled by the compiler of the machine in question:
+libtpu knows every TPU slice by name, and the CPU's compiler stands in for others. What is resident
+beside a program, such as Adam's moments while the policy samples, is added to what the program
+itself needs; no compiler knows of it.
+
+Operations are those of the traced program's matrix products (`occ_jax.flops`), spread evenly over
+the devices; bytes between devices are read from the compiled text (`occ_jax.hlo`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from occ_jax.config import Config, computation
+from occ_jax.data.pipeline import prompt_columns
+from occ_jax.errors import UserError
+from occ_jax.flops import count_flops
+from occ_jax.hlo import collective_bytes, largest_arrays
+from occ_jax.machines import GIB, Machine
+from occ_jax.models.cache import cache_shardings, extend
+from occ_jax.models.model import Model
+from occ_jax.models.scoring import column_positions
+from occ_jax.rl.gradients import apart
+from occ_jax.rl.train_step import abstract_state, jit_train_step
+from occ_jax.rollout.collect import jit_sampler, jit_splitter
+from occ_jax.sharding import make_mesh, replicated, row_shardings, rows
+from occ_jax.types import Batch, Params, Rollout, TrainState
+
+_ENDS = ((0,), 0)  # of a response, and its filler: the tokenizer's; no program is larger for them
+
+
+class Program(NamedTuple):
+    """What one compiled program needs of one device; bytes unless it says otherwise."""
+
+    name: str
+    resident: int  # lies there meanwhile and is no argument of the program
+    arguments: int
+    outputs: int  # those that take no argument's place
+    temporaries: int  # the compiled code included
+    flops: float  # matrix products
+    collectives: dict[str, int]  # by kind
+    largest: list[tuple[int, str]]  # of the arrays it makes
+    seconds: float  # of compilation
+    refused: str  # what the compiler said that found no room for it, else ""
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        return self.resident + self.arguments + self.outputs + self.temporaries
+
+
+class Plan(NamedTuple):
+    """What a training run needs of one device; bytes unless it says otherwise."""
+
+    machine: str
+    kind: str  # JAX's name of a device
+    mesh: dict[str, int]
+    memory: int | None  # what there is
+    parameters: int
+    optimizer: int
+    gradients: int  # within the temporaries of an update: sums over micro-batches
+    kv_cache: int  # within the temporaries of the rollout
+    programs: tuple[Program, ...]
+
+    @property
+    def over(self) -> int:
+        """Bytes that the largest program exceeds the memory by; 0 if that is not known."""
+        largest = max(program.total for program in self.programs)
+        return 0 if self.memory is None else max(0, largest - self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program does, as far as is known."""
+        return self.over == 0 and not any(program.refused for program in self.programs)
+
+
+def plan(
+    config: Config,
+    machine: Machine,
+    say: Callable[[str], None] = lambda _: None,
+    only: Collection[str] = (),
+) -> Plan:
+    """Compiles every program of a step.
+
+    Args:
+        config: the experiment; its mesh has a place for every device.
+        machine: what to compile for.
+        say: is told what is being compiled.
+        only: names of the programs to compile, none for all of them.
+
+    Raises:
+        UserError: the mesh has more or fewer places than there are devices, or the run has no
+            program of a name.
+    """
+    count = len(machine.devices)
+    if places(config) != count:
+        shape = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config.mesh).items())
+        raise UserError(
+            f"the mesh ({shape}) has {places(config)} places, {machine.name} has {count} devices; "
+            "set --mesh.* so that they are as many"
+        )
+    mesh = make_mesh(config.mesh, machine.devices)
+    step = _step(config, mesh)
+    found = list(_programs(step))
+    names = [name for name, *_ in found]
+    for name in only:
+        if name not in names:
+            raise UserError(f"there is no program {name!r}; this run has {', '.join(names)}")
+    programs: list[Program] = []
+    for name, resident, function, arguments in found:
+        if not only or name in only:
+            say(f"{machine.name}: compiling {name}")
+            programs.append(_compile(name, resident, function, arguments, count))
+            done = programs[-1]
+            say(f"  {done.total / GIB:.2f} GiB a device, {done.seconds:.0f} s  {done.refused}")
+    return Plan(
+        machine=machine.name,
+        kind=machine.devices[0].device_kind,
+        mesh=dict(mesh.shape),
+        memory=machine.memory,
+        parameters=per_device(step.state.params),
+        optimizer=per_device(step.state.opt_state),
+        gradients=_gradients(step),
+        kv_cache=_kv_cache(step),
+        programs=tuple(programs),
+    )
+
+
+def least(config: Config, machine: Machine) -> int:
+    """Bytes of a device that an update takes whatever its activations: state and gradients."""
+    step = _step(config, make_mesh(config.mesh, machine.devices))
+    return per_device(step.state) + _gradients(step)
+
+
+def per_device(tree: Any) -> int:
+    """Bytes of one device's part of arrays, or of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def places(config: Config) -> int:
+    """Devices that a config's mesh takes."""
+    return math.prod(dataclasses.asdict(config.mesh).values())
+
+
+class _Step(NamedTuple):
+    """The arguments of a step's programs, as shapes with shardings."""
+
+    config: Config
+    model: Model
+    mesh: Mesh
+    state: TrainState
+    reference: Params | None  # of the KL penalty
+    prompts: tuple[Any, Any, Any]  # of the sampler: tokens, validity, key
+    rewards: Any
+    rollout: Rollout
+    batches: list[Batch]
+
+
+def _step(config: Config, mesh: Mesh) -> _Step:
+    columns = (config.rollout.num_prompts, prompt_columns(config))
+    config, model = computation(config), Model(config.model)
+    state, options = abstract_state(model, config, mesh), config.rollout
+    reference = state.params["trunk"] if config.algorithm.kl_coefficient > 0 else None
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prompts = (
+        jax.ShapeDtypeStruct(columns, jnp.int32, sharding=rows(mesh)),
+        jax.ShapeDtypeStruct(columns, jnp.bool, sharding=rows(mesh)),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+    )
+    groups = (options.num_prompts, options.group_size)
+    rewards = jax.ShapeDtypeStruct(groups, jnp.float32, sharding=replicated(mesh))
+    sampler, split = jit_sampler(model, config, mesh, *_ENDS), jit_splitter(model, config, mesh)
+    rollout = _placed(mesh, jax.eval_shape(sampler, state.params, *prompts))
+    batches = jax.eval_shape(split, state.params, reference, rollout, rewards)
+    return _Step(
+        config,
+        model,
+        mesh,
+        state,
+        reference,
+        prompts,
+        rewards,
+        rollout,
+        [_placed(mesh, batch) for batch in batches],
+    )
+
+
+_Fields = TypeVar("_Fields", Rollout, Batch)
+
+
+def _placed(mesh: Mesh, fields: _Fields) -> _Fields:
+    """The shapes of a rollout or a batch with the shardings that its arrays get."""
+    return _with(fields, row_shardings(mesh, fields))
+
+
+def _with(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _programs(step: _Step) -> Iterator[tuple[str, int, Any, tuple[Any, ...]]]:
+    """Name, bytes resident beside it, function and arguments of all that training compiles."""
+    config, model, mesh, state = step.config, step.model, step.mesh, step.state
+    optimizer, reference = per_device(state.opt_state), per_device(step.reference)
+    sampler = jit_sampler(model, config, mesh, *_ENDS)
+    yield "rollout", optimizer + reference, sampler, (state.params, *step.prompts)
+    split = jit_splitter(model, config, mesh)
+    rollout = (state.params, step.reference, step.rollout, step.rewards)
+    yield "mini-batches", optimizer, split, rollout
+    kinds = {"update": True}
+    if config.mtp.regime == "occ" and config.mtp.measure_every > 1:
+        kinds["update between"] = False
+    for name, measure in kinds.items():
+        update = jit_train_step(model, config, mesh, measure=measure)
+        others = reference + per_device(step.batches[1:])
+        yield name, others, update, (state, step.batches[0])
+
+
+def _compile(
+    name: str, resident: int, function: Any, arguments: tuple[Any, ...], devices: int
+) -> Program:
+    started = time.monotonic()
+    traced = function.trace(*arguments)
+    flops = count_flops(traced.jaxpr) / devices
+    size = per_device(arguments)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = " ".join(str(error).split())
+        if not refused.startswith("RESOURCE_EXHAUSTED: "):
+            raise
+        return Program(
+            name=name,
+            resident=resident,
+            arguments=size,
+            outputs=0,
+            temporaries=_told(refused, size),
+            flops=flops,
+            collectives={},
+            largest=[],
+            seconds=time.monotonic() - started,
+            refused=refused.removeprefix("RESOURCE_EXHAUSTED: "),
+        )
+    seconds = time.monotonic() - started
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    return Program(
+        name=name,
+        resident=resident,
+        # The compiler pads what it lays out in tiles, and leaves out what the program never reads.
+        arguments=max(size, stats.argument_size_in_bytes),
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
+        flops=flops,
+        collectives=collective_bytes(text),
+        largest=largest_arrays(text, 5),
+        seconds=seconds,
+        refused="",
+    )
+
+
+def _told(refused: str, arguments: int) -> int:
+    """Bytes besides the arguments that the compiler wanted, out of its refusal; 0 if it is mute."""
+    number = r"(\d+(?:\.\d+)?)([KMGT])"
+    alone = re.search(r"temporaries \(" + number, refused)
+    whole = re.search("Used " + number, refused)
+    found = alone or whole
+    if found is None:
+        return 0
+    size = int(float(found.group(1)) * 2 ** (10 * (1 + "KMGT".index(found.group(2)))))
+    return size if alone else max(0, size - arguments)
+
+
+def _gradients(step: _Step) -> int:
+    """Sums of g, of every h_k where they are apart, and of the modules' own, in float32."""
+    config = step.config
+    trunk, mtp = (per_device(_float32(step.state.params[part])) for part in ("trunk", "mtp"))
+    separate = config.model.num_mtp_modules if apart(config, measure=True) else 0
+    return trunk * (1 + separate) + mtp
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), tree
+    )
+
+
+def _kv_cache(step: _Step) -> int:
+    options = step.config.rollout
+    tokens, valid = (
+        jax.ShapeDtypeStruct((len(x) // options.sampling_chunks, x.shape[1]), x.dtype)
+        for x in step.prompts[:2]
+    )
+
+    def cache(params: Params, tokens: Any, valid: Any) -> Any:
+        prefill = step.model.trunk(params["trunk"], tokens, column_positions(valid), valid)
+        columns = options.max_new_tokens
+        return extend(prefill.cache, copies=options.group_size, columns=columns)
+
+    shapes = jax.eval_shape(cache, step.state.params, tokens, valid)
+    return per_device(_with(shapes, cache_shardings(step.mesh, shapes)))
