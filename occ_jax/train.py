@@ -9,6 +9,7 @@ fetched while the next one's rollout is awaited anyway, so they cost no synchron
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import time
@@ -21,16 +22,16 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from occ_jax import checkpoint
-from occ_jax.config import Config, computation, differences, from_dict, to_dict
+from occ_jax.checkpoint import Checkpoints, newest_intact
+from occ_jax.config import Config, MeshConfig, computation, differences, from_dict, to_dict
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import (
     TrainingPrompts,
     drawn,
     evaluation_prompts,
+    go_on,
     iterate,
     prompt_columns,
     training_prompts,
@@ -61,8 +62,10 @@ _MAY_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.keep_every",
     "run.wandb_project",
     "warm_start.cache_directory",
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }
 _ROLLOUT, _EVALUATION = 0, 1  # what a step's key is folded with
 _WATCHED = {
@@ -85,7 +88,7 @@ class _Run(NamedTuple):
     data: grain.DatasetIterator[list[Prompt]]
     evaluation: dict[str, list[Prompt]]
     reference: Params | None
-    manager: ocp.CheckpointManager
+    checkpoints: Checkpoints
     log: RunLog
     pool: VerifierPool
 
@@ -137,8 +140,12 @@ def _train(
             f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
             f"over {config.rollout.max_prompt_tokens:,} tokens left out"
         )
-    found = checkpoint.newest_intact(directory / "checkpoints", progress.say)
-    manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
+    found = newest_intact(directory / "checkpoints", progress.say)
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        keep=config.run.keep_checkpoints,
+        keep_every=config.run.keep_every,
+    )
     like = abstract_state(model, computation(config), mesh)
     penalised = config.algorithm.kl_coefficient > 0
     if found is None:
@@ -148,7 +155,8 @@ def _train(
         state = place_state(computation(config), begin, config.run.seed, mesh)
     else:
         progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
-        state = checkpoint.restore(manager, found, like, data)
+        state, prompts_drawn = checkpoints.restore(found, like)
+        go_on(data, prompts_drawn // jax.process_count())
         reference = None
         if penalised:
             reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
@@ -163,7 +171,7 @@ def _train(
         data,
         evaluation,
         reference,
-        manager,
+        checkpoints,
         log,
         pool,
     )
@@ -171,7 +179,7 @@ def _train(
         _steps(run, state, found, progress)
     finally:
         log.close()
-        manager.close()
+        checkpoints.close()
     summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
     write_json(directory / "summary.json", summary)
     return summary
@@ -228,7 +236,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 pending = None
             if saves:
                 run.log.flush()
-                checkpoint.save(run.manager, step, state, run.data)
+                run.checkpoints.save(step, state, drawn(run.data) * jax.process_count())
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return

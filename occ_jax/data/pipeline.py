@@ -128,6 +128,11 @@ def drawn(batches: grain.DatasetIterator[list[Prompt]]) -> int:
     return int(batches.get_state()["next_index"])
 
 
+def go_on(batches: grain.DatasetIterator[list[Prompt]], drawn: int) -> None:
+    """Moves an iterator of `iterate` behind the first `drawn` prompts of its host."""
+    batches.set_state({"next_index": drawn})
+
+
 def evaluation_prompts(config: Config, tokenizer: Tokenizer, count: int) -> dict[str, list[Prompt]]:
     """The first `count` prompts of each evaluation set by its name, the same for every run.
 
