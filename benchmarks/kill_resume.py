@@ -109,7 +109,7 @@ class Kill:
 
     def __init__(self, campaign: Campaign, directory: Path, randomly: random.Random) -> None:
         steps = directory / "checkpoints"
-        before = newest(steps)
+        before, left = newest(steps), unfinished(steps)
         # By turns: anywhere while it starts, soon after a save has begun, at once after its files
         # are there but no manifest, anywhere in the next steps.
         aim = randomly.choice(("start", "save", "manifest", "step"))
@@ -140,8 +140,8 @@ class Kill:
         _, said = process.communicate()
         if not self.killed:
             raise SystemExit(f"the run ended by itself with status {process.returncode}: {said}")
-        self.moment = moment_of(directory)
         self.steps = newest(steps) - before
+        self.moment = moment_of(steps, left, self.steps)
 
 
 def newest(steps: Path, state: str = _COMPLETE) -> int:
@@ -156,17 +156,30 @@ def newest(steps: Path, state: str = _COMPLETE) -> int:
     return max(found)
 
 
-def moment_of(directory: Path) -> str:
-    """What the process was at when it was killed, by what it has left on disk."""
-    steps = directory / "checkpoints"
-    if not steps.is_dir():
-        return "before the run directory is ready"
-    names = [path.name for path in steps.iterdir()]
-    if any(name.split(".")[0].isdigit() and not name.isdigit() for name in names):
-        return "while a checkpoint's files are written"
-    if any(name.isdigit() and not (steps / name / "manifest.json").exists() for name in names):
+def unfinished(steps: Path) -> dict[str, int]:
+    """Checkpoints that are not complete, and when each was last written to."""
+    entries = list(steps.iterdir()) if steps.is_dir() else []
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in entries
+        if path.name.split(".")[0].isdigit() and not (path / "manifest.json").exists()
+    }
+
+
+def moment_of(steps: Path, before: dict[str, int], advanced: int) -> str:
+    """What the process was at when it was killed, by what it has left on disk.
+
+    Args:
+        steps: of the checkpoints.
+        before: the `unfinished` that it found.
+        advanced: steps of the checkpoints that it has completed.
+    """
+    left = [name for name, time_ns in unfinished(steps).items() if before.get(name) != time_ns]
+    if any(not name.isdigit() for name in left):
+        return "while a checkpoint's files were written"
+    if left:
         return "after its files, before its manifest"
-    return "between saves, or while starting"
+    return "between two saves" if advanced else "while it started, or before its first save"
 
 
 def kill_and_resume(campaign: Campaign, directory: Path, kills: int, seed: int) -> Counter[str]:

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import json_text, write_json
+from occ_jax.hosts import of_first
 from occ_jax.types import Params, TrainState
 
 _STEP = re.compile(r"\d+")
@@ -36,8 +37,9 @@ _MANIFEST = "manifest.json"
 class Checkpoints:
     """The checkpoints of a run, `directory`/<step>/ each; a context manager.
 
-    One is written at a time, by threads: orbax's, then one that reads every file back for the
-    manifest. What fails there is raised by the next `save` or by `close`.
+    One is written at a time, by threads: orbax's, of all processes together, then the first
+    process's, which reads every file back for the manifest. What fails there is raised by the next
+    `save` or by `close`.
     """
 
     def __init__(self, directory: Path, *, keep: int, keep_every: int = 0) -> None:
@@ -171,7 +173,8 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            _close(self._path(step))
+            if jax.process_index() == 0:
+                _close(self._path(step))
         except Exception as error:  # of a full disk, or a lost one
             self._failure = error
 
@@ -184,9 +187,11 @@ def save_params(directory: Path, params: Params, about: dict[str, Any] | None = 
             args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
             force=True,
         )
-    for name, value in (about or {}).items():
-        write_json(directory / name, value)
-    _close(directory)
+    if jax.process_index() == 0:
+        for name, value in (about or {}).items():
+            write_json(directory / name, value)
+        _close(directory)
+    ocp.multihost.sync_global_processes(f"closed {directory}")
 
 
 def restore_params(directory: Path, like: Params) -> Params:
@@ -195,7 +200,7 @@ def restore_params(directory: Path, like: Params) -> Params:
     Raises:
         UserError: the files are damaged or of another model.
     """
-    problem = damage(directory)
+    problem = of_first(lambda: damage(directory))
     if problem is not None:
         raise UserError(f"the checkpoint {directory} is damaged: {problem}")
     with _readable(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

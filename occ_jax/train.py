@@ -4,16 +4,18 @@
 
 A run lives in its directory and goes on from there: starting it again resumes at the last complete
 checkpoint and repeats, bit for bit, what an undisturbed run would have done. Metrics of a step are
-fetched while the next one's rollout is awaited anyway, so they cost no synchronisation.
+fetched while the next one's rollout is awaited anyway, so they cost no synchronisation. Of several
+processes all do the same, each on its share; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,9 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Array, Key, UInt32
 
 from occ_jax.checkpoint import Checkpoints, newest_intact
 from occ_jax.config import Config, MeshConfig, computation, differences, from_dict, to_dict
@@ -41,6 +45,7 @@ from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluate import evaluate_sets
 from occ_jax.files import write_json
+from occ_jax.hosts import check_hosts, is_first, of_first, put_everywhere
 from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
@@ -89,7 +94,7 @@ class _Run(NamedTuple):
     evaluation: dict[str, list[Prompt]]
     reference: Params | None
     checkpoints: Checkpoints
-    log: RunLog
+    log: RunLog | None  # of the first process
     pool: VerifierPool
 
 
@@ -134,13 +139,14 @@ def _train(
     training = training_prompts(config, tokenizer)
     data = _share(config, training)
     directory = Path(config.run.directory)
-    open_directory(directory, config)
+    check_hosts(config, mesh)
+    of_first(lambda: open_directory(directory, config))
     if training.epoch is not None:
         progress.say(
             f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
             f"over {config.rollout.max_prompt_tokens:,} tokens left out"
         )
-    found = newest_intact(directory / "checkpoints", progress.say)
+    found = of_first(lambda: newest_intact(directory / "checkpoints", progress.say))
     checkpoints = Checkpoints(
         directory / "checkpoints",
         keep=config.run.keep_checkpoints,
@@ -160,8 +166,10 @@ def _train(
         reference = None
         if penalised:
             reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
-    charts = open_charts(config, progress.say)
-    log = RunLog(directory, -1 if found is None else found, charts)
+    log: RunLog | None = None
+    if is_first():
+        charts = open_charts(config, progress.say)
+        log = RunLog(directory, -1 if found is None else found, charts)
     run = _Run(
         config,
         model,
@@ -178,11 +186,16 @@ def _train(
     try:
         _steps(run, state, found, progress)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
         checkpoints.close()
-    summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
-    write_json(directory / "summary.json", summary)
-    return summary
+
+    def summarise() -> dict[str, Any]:
+        summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
+        write_json(directory / "summary.json", summary)
+        return summary
+
+    return of_first(summarise)
 
 
 def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[list[Prompt]]:
@@ -197,13 +210,14 @@ def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[l
 
 
 def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) -> None:
-    """All steps that are left; returns early, checkpoint written, on SIGTERM or Ctrl-C."""
+    """All steps that are left; returns early, checkpoint begun, on SIGTERM or Ctrl-C."""
     config, total = run.config.run, run.config.run.steps
     skipped = 0
     watched: Row = {}
     if found is None:
         watched = {"step": 0, **_evaluate(run, state, 0), **_data_figures(run)}
-        run.log.write(watched)
+        if run.log is not None:
+            run.log.write(watched)
     pending: _Pending | None = None
     with (
         progress.steps(run.config.mtp.regime, total, found or 0) as show,
@@ -223,7 +237,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 experience.started,
             )
             evaluates = step % config.evaluate_every == 0 or step == total
-            stopping = step < total and bool(stop)  # read once: what stops here is saved here
+            stopping = stop(step) and step < total  # asked once: what stops here is saved here
             saves = step % config.checkpoint_every == 0 or step == total or stopping
             if evaluates or saves:
                 jax.block_until_ready(state.params)  # what follows waits for them anyway
@@ -235,7 +249,8 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 show(step, _figures(watched))
                 pending = None
             if saves:
-                run.log.flush()
+                if run.log is not None:
+                    run.log.flush()
                 run.checkpoints.save(step, state, drawn(run.data) * jax.process_count())
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
@@ -251,7 +266,7 @@ def _collect(run: _Run, state: TrainState, step: int) -> Experience:
         state.params,
         run.reference,
         run.data,
-        _key(state, step, _ROLLOUT),
+        _key(run, state, step, _ROLLOUT),
         run.pool,
     )
 
@@ -298,9 +313,10 @@ def _finish(run: _Run, pending: _Pending, ended: float, skipped: int) -> int:
     pending.row["per_update"] = {
         name: values for name, values in per_update.items() if name.startswith("occ/")
     }
-    run.log.write(pending.row)
     step = pending.row["step"]
-    run.log.write_samples({"step": step, **sample} for sample in pending.samples)
+    if run.log is not None:
+        run.log.write(pending.row)
+        run.log.write_samples({"step": step, **sample} for sample in pending.samples)
     limit = run.config.run.max_skipped_updates
     for metrics in updates:
         skipped = skipped + 1 if metrics["actor/skipped"] else 0
@@ -320,7 +336,7 @@ def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
         run.tokenizer,
         state.params,
         run.evaluation,
-        _key(state, step, _EVALUATION),
+        _key(run, state, step, _EVALUATION),
         run.pool,
         num_samples=run.config.run.evaluation_samples,
     )
@@ -337,8 +353,16 @@ def _data_figures(run: _Run) -> Row:
     }
 
 
-def _key(state: TrainState, step: int, purpose: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(state.key, step), purpose)
+def _key(run: _Run, state: TrainState, step: int, purpose: int) -> jax.Array:
+    return _fold(state.key, put_everywhere(run.mesh, np.array([step, purpose], np.uint32)))
+
+
+@jax.jit
+def _fold(key: Key[Array, ""], data: UInt32[Array, " N"]) -> Key[Array, ""]:
+    """A key for a step and a purpose."""
+    for number in data:
+        key = jax.random.fold_in(key, number)
+    return key
 
 
 def _figures(row: Row) -> dict[str, float]:
@@ -452,25 +476,34 @@ def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_requests() -> Generator[list[int]]:
-    """Collects SIGTERM and the first SIGINT instead of dying; a second SIGINT interrupts.
+def _stop_requests() -> Generator[Callable[[int], bool]]:
+    """Asks, after every step, whether to stop: on SIGTERM and the first SIGINT, instead of dying.
 
-    Outside the main thread (a notebook's worker, a test) signals stay as they are.
+    A second SIGINT interrupts. Of several processes JAX's preemption service takes SIGTERM and has
+    all of them stop after the same step, whoever got it; a SIGINT is passed on to it. Outside the
+    main thread (a notebook's worker, a test) signals stay as they are.
     """
+    alone = jax.process_count() == 1
     received: list[int] = []
 
     def remember(number: int, _: object) -> None:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(step: int) -> bool:
+        return bool(received) if alone else multihost_utils.reached_preemption_sync_point(step)
 
     try:
-        previous = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        taken = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+        previous = {s: signal.signal(s, remember) for s in taken}
     except ValueError:
-        yield received
+        yield asked
         return
     try:
-        yield received
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

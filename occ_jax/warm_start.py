@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -27,6 +28,7 @@ from occ_jax.checkpoint import restore_params, save_params
 from occ_jax.config import Config
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
 from occ_jax.data.tokenizer import Tokenizer
+from occ_jax.hosts import of_first
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
@@ -62,7 +64,7 @@ def starting_params(
     tell = report or (lambda _: None)
     like = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     directory = cache_path(config)
-    if config.warm_start.steps > 0 and directory.is_dir():
+    if config.warm_start.steps > 0 and of_first(directory.is_dir):
         tell(f"starting policy: {directory}")
         return restore_params(directory, like)
     if config.model.checkpoint:
@@ -88,14 +90,18 @@ def cache_path(config: Config) -> Path:
 
 
 def _keep(directory: Path, params: Params) -> None:
-    """Saves under a name of this process's own, then renames: runs may start at the same time."""
-    own = directory.with_name(f"{directory.name}.{os.getpid()}")
+    """Saves under a name of this run's own, then renames: runs may start at the same time."""
+    own = directory.with_name(f"{directory.name}.{of_first(os.getpid)}")
     own.parent.mkdir(parents=True, exist_ok=True)
     save_params(own, params)
-    try:
-        own.rename(directory)
-    except OSError:  # another run was quicker; the parameters are the same
-        shutil.rmtree(own)
+
+    def rename() -> None:
+        try:
+            own.rename(directory)
+        except OSError:  # another run was quicker; the parameters are the same
+            shutil.rmtree(own)
+
+    of_first(rename)
 
 
 def supervised_loss(
@@ -146,7 +152,8 @@ def _fit(config: Config, model: Model, tokenizer: Tokenizer, params: Params) -> 
         prompts, prompt_valid = pad_prompts(config, tokenizer, batch)
         examples = [prompt.example for prompt in batch]
         completions, mask = encode_completions(config.task, tokenizer, examples)
-        tokens = jnp.concatenate([prompts, completions], axis=1)
-        valid = jnp.concatenate([prompt_valid, mask], axis=1)
+        # The same on every process, so each gives all of it.
+        tokens = np.concatenate([prompts, completions], axis=1)
+        valid = np.concatenate([prompt_valid, mask], axis=1)
         params, opt_state = step(params, opt_state, tokens, valid, mask)
     return params
