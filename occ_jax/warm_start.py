@@ -76,7 +76,7 @@ def starting_params(
     if config.warm_start.steps == 0:
         return params
     tell(f"starting policy: {config.warm_start.steps} supervised steps")
-    params = _fit(config, model, tokenizer, params)
+    params = _fit(config, model, mesh, tokenizer, params)
     _keep(directory, params)
     return params
 
@@ -133,11 +133,13 @@ def supervised_loss(
     return losses[0] + mtp_weight * sum(losses[1:], jnp.zeros(())) / max(depth, 1)
 
 
-def _fit(config: Config, model: Model, tokenizer: Tokenizer, params: Params) -> Params:
+def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params: Params) -> Params:
     warm_start = config.warm_start
     optimizer = optax.adam(warm_start.learning_rate)
+    moments = state_shardings(mesh, jax.eval_shape(optimizer.init, params))
+    shardings = (state_shardings(mesh, params), moments)  # those of what is donated
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=shardings)
     def step(params: Params, opt_state: Any, tokens: Array, valid: Array, mask: Array) -> Any:
         gradients = jax.grad(
             lambda p: supervised_loss(model, p, tokens, valid, mask, warm_start.mtp_weight)
@@ -145,7 +147,7 @@ def _fit(config: Config, model: Model, tokenizer: Tokenizer, params: Params) -> 
         updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state = optimizer.init(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
     batches = iterate(task_prompts(config, tokenizer, _STREAM), warm_start.batch_size)
     for _ in range(warm_start.steps):
         batch = next(batches)
