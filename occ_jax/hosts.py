@@ -4,6 +4,9 @@ Every process draws, samples and judges a block of a step's prompts: process h o
 h·N/H to (h+1)·N/H, so that the rows of all processes in order are those of a run of one. Arrays on
 devices are global. Numbers on the host are gathered, so that every process computes the same
 metrics and takes the same decisions; only the first writes.
+
+What is moved to and from the devices here is asked for; where JAX has no word for that, the guard
+against transfers that nobody asked for is lifted.
 """
 
 from __future__ import annotations
@@ -71,10 +74,11 @@ def put_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(own, sharding)
     shape = (own.shape[0] * jax.process_count(), *own.shape[1:])
-    if _blocks_lie_at_home(mesh, shape[0]):
-        return jax.make_array_from_process_local_data(sharding, own, shape)
-    whole = gather(own)
-    return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
+    with jax.transfer_guard("allow"):
+        if _blocks_lie_at_home(mesh, shape[0]):
+            return jax.make_array_from_process_local_data(sharding, own, shape)
+        whole = gather(own)
+        return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
 
 
 def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
@@ -83,7 +87,7 @@ def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
         return jax.device_get(array)
     mine = block(array.shape[0])
     if not _blocks_lie_at_home(mesh, array.shape[0]):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))[mine]
+        return _all_gathered(array)[mine]
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
 
@@ -103,7 +107,12 @@ def gather(own: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return own
     own = own.astype(np.float32) if own.dtype == np.float64 else own
-    return np.asarray(multihost_utils.process_allgather(own, tiled=True))
+    return _all_gathered(own)
+
+
+def _all_gathered(array: jax.Array | np.ndarray) -> np.ndarray:
+    with jax.transfer_guard("allow"):  # its way leads over the devices
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def gather_objects(own: Any) -> list[Any]:
@@ -136,4 +145,7 @@ def of_first(function: Callable[[], _T]) -> _T:
 
 def put_everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
     """A small array that every process has, on all devices."""
-    return jax.make_array_from_callback(value.shape, replicated(mesh), lambda _: value)
+    if jax.process_count() == 1:
+        return jax.device_put(value, replicated(mesh))
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_callback(value.shape, replicated(mesh), lambda _: value)

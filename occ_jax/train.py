@@ -222,6 +222,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
     with (
         progress.steps(run.config.mtp.regime, total, found or 0) as show,
         _stop_requests() as stop,
+        jax.transfer_guard("disallow"),  # what goes to or from the devices here says so
     ):
         for step in range((found or 0) + 1, total + 1):
             experience = _collect(run, state, step)
@@ -251,7 +252,8 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
             if saves:
                 if run.log is not None:
                     run.log.flush()
-                run.checkpoints.save(step, state, drawn(run.data) * jax.process_count())
+                with jax.transfer_guard("allow"):  # orbax copies as it sees fit
+                    run.checkpoints.save(step, state, drawn(run.data) * jax.process_count())
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return
