@@ -133,6 +133,8 @@ def supervise(run: Callable[[], int]) -> int:
     _, waited = os.waitpid(child, 0)
     pump.join(1.0)  # what the child has started may keep its end open
     status = os.waitstatus_to_exitcode(waited)
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar hides
     words = bytes(_last_words).rstrip(b"\0").decode()
     if status == -signal.SIGABRT and words:
         print(f"error: {words}", file=sys.stderr)

@@ -25,7 +25,7 @@ from occ_jax.data.examples import Prompt, prompt_text
 from occ_jax.data.pipeline import pad_prompts
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
-from occ_jax.hosts import block, gather, own_rows, put_everywhere, put_rows
+from occ_jax.hosts import block, gather, gather_objects, own_rows, put_everywhere, put_rows
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
@@ -377,15 +377,21 @@ def _metrics(group: _Group, rewards: np.ndarray) -> dict[str, float]:
 def _samples(
     config: Config, tokenizer: Tokenizer, group: _Group, rewards: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The first that this process has; of several processes only the first one's are logged."""
-    return [
-        {
-            "id": prompt.example.id,
-            "prompt": prompt_text(config, prompt.example),
-            "completion": decode_completion(tokenizer, tokens),
-            "answer": prompt.example.answer,
-            "score": float(group.scores[place, 0]),
-            "reward": float(rewards[place, 0]),
-        }
-        for place, prompt, tokens in group.samples[: config.run.num_logged_samples]
+    """The first completions of the first prompts, whichever process has them."""
+    own = [
+        (
+            place,
+            {
+                "id": prompt.example.id,
+                "prompt": prompt_text(config, prompt.example),
+                "completion": decode_completion(tokenizer, tokens),
+                "answer": prompt.example.answer,
+                "score": float(group.scores[place, 0]),
+                "reward": float(rewards[place, 0]),
+            },
+        )
+        for place, prompt, tokens in group.samples
+        if place < config.run.num_logged_samples
     ]
+    found = [pair for pairs in gather_objects(own) for pair in pairs]
+    return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
