@@ -39,7 +39,6 @@ from occ_jax.model_config import ModelConfig
 _ROOT = Path(__file__).resolve().parent.parent
 _STEPS_A_KILL = 3  # a life ends at most two steps after the first checkpoint that it writes
 _SECONDS_AFTER = {"start": 6.0, "save": 0.1, "manifest": 0.0, "step": 0.3}
-_COMPLETE, _COMMITTED, _BEGUN = "complete", "committed", "begun"
 _PATIENCE_S = 300.0
 
 
@@ -120,9 +119,9 @@ class Kill:
         def reached() -> bool:
             match aim:
                 case "save":
-                    return newest(steps, _BEGUN) > before
+                    return len(begun(steps, left)) > 0
                 case "manifest":
-                    return newest(steps, _COMMITTED) > max(before, newest(steps))
+                    return any(name.isdigit() for name in begun(steps, left))
                 case "step":
                     return newest(steps) > before
             return True
@@ -144,16 +143,13 @@ class Kill:
         self.moment = moment_of(steps, left, self.steps)
 
 
-def newest(steps: Path, state: str = _COMPLETE) -> int:
-    """The newest checkpoint that is complete, or committed without a manifest, or begun."""
-    found = [0]
+def newest(steps: Path) -> int:
+    """The newest complete checkpoint; 0 for none."""
+    complete = [0]
     for path in steps.iterdir() if steps.is_dir() else ():
-        number = path.name.split(".")[0]
-        if not number.isdigit() or (state != _BEGUN and number != path.name):
-            continue
-        if state != _COMPLETE or (path / "manifest.json").exists():
-            found.append(int(number))
-    return max(found)
+        if path.name.isdigit() and (path / "manifest.json").exists():
+            complete.append(int(path.name))
+    return max(complete)
 
 
 def unfinished(steps: Path) -> dict[str, int]:
@@ -166,6 +162,11 @@ def unfinished(steps: Path) -> dict[str, int]:
     }
 
 
+def begun(steps: Path, before: dict[str, int]) -> list[str]:
+    """Checkpoints that are not complete, and were not so before."""
+    return [name for name, time_ns in unfinished(steps).items() if before.get(name) != time_ns]
+
+
 def moment_of(steps: Path, before: dict[str, int], advanced: int) -> str:
     """What the process was at when it was killed, by what it has left on disk.
 
@@ -174,7 +175,7 @@ def moment_of(steps: Path, before: dict[str, int], advanced: int) -> str:
         before: the `unfinished` that it found.
         advanced: steps of the checkpoints that it has completed.
     """
-    left = [name for name, time_ns in unfinished(steps).items() if before.get(name) != time_ns]
+    left = begun(steps, before)
     if any(not name.isdigit() for name in left):
         return "while a checkpoint's files were written"
     if left:

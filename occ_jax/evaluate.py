@@ -24,7 +24,7 @@ from occ_jax.data.tasks import has_unique_completion
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask
 from occ_jax.evaluation.report import summarise
-from occ_jax.hosts import block, gather_objects, own_rows, put_everywhere, put_rows
+from occ_jax.hosts import block, fold_in, gather_objects, own_rows, put_everywhere, put_rows
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -170,7 +170,7 @@ def evaluate_sets(
                 tokenizer,
                 params,
                 prompts,
-                set_key(config, name, key),
+                set_key(config, mesh, name, key),
                 pool,
                 num_samples=num_samples,
             )
@@ -189,9 +189,9 @@ def evaluate_sets(
     return {"val/accuracy": mean, **renamed}
 
 
-def set_key(config: Config, name: str, key: Key[Array, ""]) -> Key[Array, ""]:
+def set_key(config: Config, mesh: Mesh, name: str, key: Key[Array, ""]) -> Key[Array, ""]:
     """The sampling key of one of several sets."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode())) if config.dataset.name else key
+    return fold_in(mesh, key, zlib.crc32(name.encode())) if config.dataset.name else key
 
 
 def exact_objective(

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Array, Key, UInt32
 
 from occ_jax.config import Config, differences, from_dict, to_dict
 from occ_jax.errors import UserError
@@ -149,3 +150,15 @@ def put_everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
         return jax.device_put(value, replicated(mesh))
     with jax.transfer_guard("allow"):
         return jax.make_array_from_callback(value.shape, replicated(mesh), lambda _: value)
+
+
+def fold_in(mesh: Mesh, key: Key[Array, ""], *numbers: int) -> Key[Array, ""]:
+    """`jax.random.fold_in` by one number after the other."""
+    return _folded(key, put_everywhere(mesh, np.array(numbers, np.uint32)))
+
+
+@jax.jit
+def _folded(key: Key[Array, ""], numbers: UInt32[Array, " N"]) -> Key[Array, ""]:
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key

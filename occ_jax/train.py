@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, UInt32
 
 from occ_jax.checkpoint import Checkpoints, newest_intact
 from occ_jax.config import Config, MeshConfig, computation, differences, from_dict, to_dict
@@ -45,7 +44,7 @@ from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluate import evaluate_sets
 from occ_jax.files import write_json
-from occ_jax.hosts import check_hosts, is_first, of_first, put_everywhere
+from occ_jax.hosts import check_hosts, fold_in, is_first, of_first
 from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
@@ -268,7 +267,7 @@ def _collect(run: _Run, state: TrainState, step: int) -> Experience:
         state.params,
         run.reference,
         run.data,
-        _key(run, state, step, _ROLLOUT),
+        fold_in(run.mesh, state.key, step, _ROLLOUT),
         run.pool,
     )
 
@@ -338,7 +337,7 @@ def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
         run.tokenizer,
         state.params,
         run.evaluation,
-        _key(run, state, step, _EVALUATION),
+        fold_in(run.mesh, state.key, step, _EVALUATION),
         run.pool,
         num_samples=run.config.run.evaluation_samples,
     )
@@ -353,18 +352,6 @@ def _data_figures(run: _Run) -> Row:
         "data/overlong_prompts": run.training.overlong,
         "data/epoch": drawn(run.data) * jax.process_count() / run.training.epoch,
     }
-
-
-def _key(run: _Run, state: TrainState, step: int, purpose: int) -> jax.Array:
-    return _fold(state.key, put_everywhere(run.mesh, np.array([step, purpose], np.uint32)))
-
-
-@jax.jit
-def _fold(key: Key[Array, ""], data: UInt32[Array, " N"]) -> Key[Array, ""]:
-    """A key for a step and a purpose."""
-    for number in data:
-        key = jax.random.fold_in(key, number)
-    return key
 
 
 def _figures(row: Row) -> dict[str, float]:

@@ -25,7 +25,15 @@ from occ_jax.data.examples import Prompt, prompt_text
 from occ_jax.data.pipeline import pad_prompts
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
-from occ_jax.hosts import block, gather, gather_objects, own_rows, put_everywhere, put_rows
+from occ_jax.hosts import (
+    block,
+    fold_in,
+    gather,
+    gather_objects,
+    own_rows,
+    put_everywhere,
+    put_rows,
+)
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
@@ -189,7 +197,7 @@ def _dynamic(
             tokenizer,
             params,
             next(prompts),
-            _fold(key, put_everywhere(mesh, np.array(number, np.uint32))),
+            fold_in(mesh, key, number),
             pool,
         )
         rounds.append(found)
@@ -243,9 +251,6 @@ def _filler(mesh: Mesh) -> Callable[[Rollout, Rollout, Array], Rollout]:
 
     every_field: Any = Rollout._fields
     return jax.jit(fill, out_shardings=row_shardings(mesh, Rollout(*every_field)))
-
-
-_fold = jax.jit(jax.random.fold_in)
 
 
 def _scores_modules(config: Config) -> bool:
