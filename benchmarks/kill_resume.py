@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,18 @@ class Kill:
                     return newest(steps) > before
             return True
 
-        while process.poll() is None and not reached():
-            if time.monotonic() - started > _PATIENCE_S:
-                process.kill()
-                raise SystemExit(f"the run makes no progress after step {before}")
-            time.sleep(0.001)
-        until = time.monotonic() + delay
-        while process.poll() is None and time.monotonic() < until:
-            time.sleep(0.001)
-        self.killed = process.poll() is None
-        process.kill()
-        _, said = process.communicate()
+        try:
+            while process.poll() is None and not reached():
+                if time.monotonic() - started > _PATIENCE_S:
+                    raise SystemExit(f"the run makes no progress after step {before}")
+                time.sleep(0.001)
+            until = time.monotonic() + delay
+            while process.poll() is None and time.monotonic() < until:
+                time.sleep(0.001)
+            self.killed = process.poll() is None
+        finally:
+            process.kill()
+            _, said = process.communicate()
         if not self.killed:
             raise SystemExit(f"the run ended by itself with status {process.returncode}: {said}")
         self.steps = newest(steps) - before
@@ -154,12 +156,12 @@ def newest(steps: Path) -> int:
 
 def unfinished(steps: Path) -> dict[str, int]:
     """Checkpoints that are not complete, and when each was last written to."""
-    entries = list(steps.iterdir()) if steps.is_dir() else []
-    return {
-        path.name: path.stat().st_mtime_ns
-        for path in entries
-        if path.name.split(".")[0].isdigit() and not (path / "manifest.json").exists()
-    }
+    found: dict[str, int] = {}
+    for path in list(steps.iterdir()) if steps.is_dir() else []:
+        if path.name.split(".")[0].isdigit() and not (path / "manifest.json").exists():
+            with suppress(FileNotFoundError):  # renamed by now
+                found[path.name] = path.stat().st_mtime_ns
+    return found
 
 
 def begun(steps: Path, before: dict[str, int]) -> list[str]:
