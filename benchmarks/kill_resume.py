@@ -109,7 +109,7 @@ class Kill:
 
     def __init__(self, campaign: Campaign, directory: Path, randomly: random.Random) -> None:
         steps = directory / "checkpoints"
-        before, left = newest(steps), unfinished(steps)
+        before, since = newest(steps), time.time()
         # By turns: anywhere while it starts, soon after a save has begun, at once after its files
         # are there but no manifest, anywhere in the next steps.
         aim = randomly.choice(("start", "save", "manifest", "step"))
@@ -120,9 +120,9 @@ class Kill:
         def reached() -> bool:
             match aim:
                 case "save":
-                    return len(begun(steps, left)) > 0
+                    return len(begun(steps, since)) > 0
                 case "manifest":
-                    return any(name.isdigit() for name in begun(steps, left))
+                    return any(name.isdigit() for name in begun(steps, since))
                 case "step":
                     return newest(steps) > before
             return True
@@ -142,7 +142,7 @@ class Kill:
         if not self.killed:
             raise SystemExit(f"the run ended by itself with status {process.returncode}: {said}")
         self.steps = newest(steps) - before
-        self.moment = moment_of(steps, left, self.steps)
+        self.moment = moment_of(steps, since, self.steps)
 
 
 def newest(steps: Path) -> int:
@@ -154,30 +154,28 @@ def newest(steps: Path) -> int:
     return max(complete)
 
 
-def unfinished(steps: Path) -> dict[str, int]:
-    """Checkpoints that are not complete, and when each was last written to."""
-    found: dict[str, int] = {}
+def begun(steps: Path, since: float) -> list[str]:
+    """Checkpoints without a manifest that hold files written after `since`, by the wall clock."""
+    found: list[str] = []
     for path in list(steps.iterdir()) if steps.is_dir() else []:
-        if path.name.split(".")[0].isdigit() and not (path / "manifest.json").exists():
-            with suppress(FileNotFoundError):  # renamed by now
-                found[path.name] = path.stat().st_mtime_ns
+        if not path.name.split(".")[0].isdigit() or (path / "manifest.json").exists():
+            continue
+        with suppress(FileNotFoundError):  # renamed, or cleared away, meanwhile
+            files = [file for file in path.rglob("*") if file.is_file()]
+            if any(file.stat().st_mtime > since for file in files):
+                found.append(path.name)
     return found
 
 
-def begun(steps: Path, before: dict[str, int]) -> list[str]:
-    """Checkpoints that are not complete, and were not so before."""
-    return [name for name, time_ns in unfinished(steps).items() if before.get(name) != time_ns]
-
-
-def moment_of(steps: Path, before: dict[str, int], advanced: int) -> str:
+def moment_of(steps: Path, since: float, advanced: int) -> str:
     """What the process was at when it was killed, by what it has left on disk.
 
     Args:
         steps: of the checkpoints.
-        before: the `unfinished` that it found.
+        since: when it was started.
         advanced: steps of the checkpoints that it has completed.
     """
-    left = begun(steps, before)
+    left = begun(steps, since)
     if any(not name.isdigit() for name in left):
         return "while a checkpoint's files were written"
     if left:
