@@ -198,10 +198,11 @@ def _start(options: Distributed) -> None:
     if options.process_id:
         assert address is not None
         _await_coordinator(address, seconds)
+    who = "processes" if options.num_processes is None else f"{options.num_processes} processes"
+    where = "the coordinator" if address is None else f"the coordinator {address}"
     _mean(
-        f"not all {options.num_processes or ''} processes have met at the coordinator "
-        f"{address or ''} within {seconds} s ({FLAG}initialization-timeout); every one must be "
-        "given the same coordinator and number of processes, and an id of its own"
+        f"not all {who} have met at {where} within {seconds} s ({FLAG}initialization-timeout); "
+        "every one must be given the same coordinator and number of processes, and an id of its own"
     )
     try:
         jax.distributed.initialize(

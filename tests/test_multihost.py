@@ -163,6 +163,7 @@ def test_two_processes_are_one_of_eight_devices(one_process, two_processes):
     assert samples == samples_alone
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_by_turns_it_ends_at_the_same_bits(two_processes):
     directory = two_processes.parent / "disturbed"
     directory.mkdir()
