@@ -38,9 +38,9 @@ from occ_jax.config import (
 from occ_jax.model_config import ModelConfig
 
 _ROOT = Path(__file__).resolve().parent.parent
-_STEPS_A_KILL = 3  # a life ends at most two steps after the first checkpoint that it writes
+_STEPS_A_KILL = 2  # more than a life completes on average, by its four ways to end
 _SECONDS_AFTER = {"start": 6.0, "save": 0.1, "manifest": 0.0, "step": 0.3}
-_PATIENCE_S = 300.0
+_PATIENCE_S = 1800.0
 
 
 def get_config() -> Config:
