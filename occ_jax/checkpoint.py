@@ -1,93 +1,182 @@
 """Saving and restoring all that a run needs to go on as if it had never stopped.
 
 A checkpoint holds parameters, optimizer state (the coefficient and its EMAs in it), step counters,
-the random key and the data iterator's position. Orbax writes to a temporary directory and renames
-it when it is whole, and a manifest of all its files' digests closes it, so a checkpoint is either
-complete and as it was written, or refused; a run falls back to the one before.
+the random key and how many prompts were drawn. It is written while training goes on: only the copy
+from the devices is waited for. Orbax writes to a temporary directory and renames it when it is
+whole, then a manifest of all files' digests closes it, and only then may an older checkpoint go. So
+a kill at any moment leaves checkpoints that are complete and as they were written, or are refused;
+a run falls back to the newest of the former.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
 from occ_jax.errors import UserError, one_line
-from occ_jax.files import write_json
+from occ_jax.files import json_text, write_json
+from occ_jax.hosts import of_first
 from occ_jax.types import Params, TrainState
 
 _STEP = re.compile(r"\d+")
 _MANIFEST = "manifest.json"
 
 
-def open_manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """A manager of `directory`/<step>/, keeping the `keep` newest checkpoints."""
-    return ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False),
-    )
+class Checkpoints:
+    """The checkpoints of a run, `directory`/<step>/ each; a context manager.
 
-
-def save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, data: grain.DatasetIterator[Any]
-) -> None:
-    """Writes the checkpoint of `step`; returns when it is complete on disk."""
-    rest = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave(rest),
-            data=grain.checkpoint.CheckpointSave(data),
-        ),
-    )
-    _close(Path(manager.directory) / str(step))
-
-
-def restore(
-    manager: ocp.CheckpointManager,
-    step: int,
-    like: TrainState,
-    data: grain.DatasetIterator[Any],
-) -> TrainState:
-    """Reads the checkpoint of `step` into the shapes, types and shardings of `like`.
-
-    Args:
-        manager: from `open_manager`.
-        step: one of `manager.all_steps()`.
-        like: from `occ_jax.rl.train_step.abstract_state`.
-        data: an iterator over the same data set; moved to the saved position.
-
-    Raises:
-        UserError: the files are damaged or of another model.
+    One is written at a time, by threads: orbax's, of all processes together, then the first
+    process's, which reads every file back for the manifest. What fails there is raised by the next
+    `save` or by `close`.
     """
-    key = jax.eval_shape(jax.random.key_data, like.key)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
-    rest = {"opt_state": like.opt_state, "step": like.step, "key": key}
-    with _readable(Path(manager.directory) / str(step)):
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                rest=ocp.args.StandardRestore(rest),
-                data=grain.checkpoint.CheckpointRestore(data),
+
+    def __init__(self, directory: Path, *, keep: int, keep_every: int = 0) -> None:
+        """Opens, or makes, the directory and removes what was being written when a run was killed.
+
+        Args:
+            directory: of the run's checkpoints.
+            keep: how many of the newest are kept; one more while the next is not complete.
+            keep_every: checkpoints of its multiples are kept for good; 0 for none.
+        """
+        self._keep, self._keep_every = keep, keep_every
+        self._closing: threading.Thread | None = None
+        self._failure: Exception | None = None
+        # Which ones go is decided here, as orbax would delete the last complete one before the
+        # manifest of its successor is there.
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True, enable_background_delete=True
             ),
         )
-    return TrainState(
-        params=found["params"],
-        opt_state=found["rest"]["opt_state"],
-        step=found["rest"]["step"],
-        key=jax.random.wrap_key_data(found["rest"]["key"]),
-    )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """What is there, in order; the newest may be under way."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, prompts_drawn: int) -> None:
+        """Begins the checkpoint of `step`; returns when `state` may be donated.
+
+        Args:
+            step: later than all that are there.
+            state: what is saved, by all processes together.
+            prompts_drawn: by all processes, since the run began.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self.wait()
+        rest = {
+            "opt_state": state.opt_state,
+            "step": state.step,
+            "key": jax.random.key_data(state.key),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(rest),
+                data=ocp.args.JsonSave({"prompts_drawn": prompts_drawn}),
+            ),
+        )
+        self._closing = threading.Thread(target=self._finish, args=(step,), name="close checkpoint")
+        self._closing.start()
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, int]:
+        """Reads the checkpoint of `step` into the shapes, types and shardings of `like`.
+
+        These need not be the shardings it was saved with, nor as many processes.
+
+        Args:
+            step: one of `steps()`.
+            like: from `occ_jax.rl.train_step.abstract_state`.
+
+        Returns:
+            The state, and the prompts that had been drawn.
+
+        Raises:
+            UserError: the files are damaged or of another model.
+        """
+        key = jax.eval_shape(jax.random.key_data, like.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
+        rest = {"opt_state": like.opt_state, "step": like.step, "key": key}
+        with _readable(self._path(step)):
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(like.params),
+                    rest=ocp.args.StandardRestore(rest),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+            state = TrainState(
+                params=found["params"],
+                opt_state=found["rest"]["opt_state"],
+                step=found["rest"]["step"],
+                key=jax.random.wrap_key_data(found["rest"]["key"]),
+            )
+            return state, int(found["data"]["prompts_drawn"])
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete and those that it replaces are gone.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._closing is None:
+            return
+        self._closing.join()
+        self._closing = None
+        steps = self.steps()
+        if self._failure is not None:
+            raise UserError(
+                f"the checkpoint {self._path(steps[-1])} could not be written "
+                f"({type(self._failure).__name__}: {one_line(self._failure)})"
+            ) from self._failure
+        for step in steps[: -self._keep]:
+            if self._keep_every == 0 or step % self._keep_every != 0:
+                self._manager.delete(step)
+
+    def close(self) -> None:
+        """Waits for what is under way, and ends the threads.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            with suppress(Exception):  # it would raise again what `wait` has raised
+                self._manager.close()
+
+    def _path(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step)
+
+    def _finish(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _close(self._path(step))
+        except Exception as error:  # of a full disk, or a lost one
+            self._failure = error
 
 
 def save_params(directory: Path, params: Params, about: dict[str, Any] | None = None) -> None:
@@ -98,9 +187,11 @@ def save_params(directory: Path, params: Params, about: dict[str, Any] | None = 
             args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
             force=True,
         )
-    for name, value in (about or {}).items():
-        write_json(directory / name, value)
-    _close(directory)
+    if jax.process_index() == 0:
+        for name, value in (about or {}).items():
+            write_json(directory / name, value)
+        _close(directory)
+    ocp.multihost.sync_global_processes(f"closed {directory}")
 
 
 def restore_params(directory: Path, like: Params) -> Params:
@@ -109,7 +200,7 @@ def restore_params(directory: Path, like: Params) -> Params:
     Raises:
         UserError: the files are damaged or of another model.
     """
-    problem = damage(directory)
+    problem = of_first(lambda: damage(directory))
     if problem is not None:
         raise UserError(f"the checkpoint {directory} is damaged: {problem}")
     with _readable(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -120,7 +211,7 @@ def restore_params(directory: Path, like: Params) -> Params:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run directory, or `path` itself where it is a checkpoint.
+    """The newest complete checkpoint of a run directory, or `path` itself if it is a checkpoint.
 
     Raises:
         UserError: nothing there.
@@ -128,14 +219,15 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "params").is_dir():
         return path
     steps = path / "checkpoints"
-    complete = (
-        [entry for entry in steps.iterdir() if _STEP.fullmatch(entry.name)]
-        if steps.is_dir()
-        else []
-    )
+    complete = [
+        entry
+        for entry in (steps.iterdir() if steps.is_dir() else ())
+        if _STEP.fullmatch(entry.name) and (entry / _MANIFEST).is_file()
+    ]
     if not complete:
         raise UserError(
-            f"no checkpoint at {path}; give a run directory or one of its checkpoints/<step>"
+            f"no complete checkpoint at {path}; give a run directory or one of its "
+            "checkpoints/<step>"
         )
     return max(complete, key=lambda entry: int(entry.name))
 
@@ -143,7 +235,8 @@ def find_checkpoint(path: Path) -> Path:
 def newest_intact(directory: Path, tell: Callable[[str], None]) -> int | None:
     """The newest step of a run whose files are as they were written, None where there is no step.
 
-    Steps after it are renamed, not deleted, to make room for what the run will write again.
+    Steps after it are renamed, not deleted, to make room for what the run will write again; of
+    those that were never finished only the last is kept.
 
     Args:
         directory: of the run's checkpoints.
@@ -164,6 +257,10 @@ def newest_intact(directory: Path, tell: Callable[[str], None]) -> int | None:
             "there is no earlier one to go back to"
         )
     for step, problem in damaged.items():
+        if step not in finished:
+            for earlier in directory.glob("damaged-*"):
+                if not (earlier / _MANIFEST).exists():
+                    shutil.rmtree(earlier)
         aside = directory / f"damaged-{step}"
         tell(f"the checkpoint {directory / str(step)} is damaged ({problem}): now {aside}")
         if aside.exists():
@@ -175,12 +272,15 @@ def newest_intact(directory: Path, tell: Callable[[str], None]) -> int | None:
 def damage(directory: Path) -> str | None:
     """What differs from the checkpoint as it was written, None for nothing."""
     try:
-        expected = json.loads((directory / _MANIFEST).read_text())
+        written = (directory / _MANIFEST).read_text()
+        expected = json.loads(written)
         found = _digests(directory)
     except FileNotFoundError:
         return "it was never finished"
     except (OSError, ValueError) as error:
         return f"{_MANIFEST} cannot be read ({error})"
+    if written != json_text(expected):
+        return f"{_MANIFEST} has changed"
     for name in sorted({*expected, *found}):
         if name not in found:
             return f"{name} is missing"
@@ -196,13 +296,21 @@ def _close(directory: Path) -> None:
 
 def _digests(directory: Path) -> dict[str, str]:
     """SHA-256 of every file, by its path."""
-    digests: dict[str, str] = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and not path.name.startswith(_MANIFEST):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[path.relative_to(directory).as_posix()] = digest
-    return digests
+    paths = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not path.name.startswith(_MANIFEST)
+    ]
+    # Threads, as the interpreter is free while a file is read and hashed.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = threads.map(_digest, paths)
+        names = [path.relative_to(directory).as_posix() for path in paths]
+        return dict(zip(names, digests, strict=True))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from occ_jax import distributed
 from occ_jax.config import Config, differences
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
@@ -54,6 +55,12 @@ class _Help(argparse.Action):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the process's exit status, 1 for a plan that does not fit."""
+    if arguments[:1] == ["train"] and distributed.requested(arguments):
+        return distributed.supervise(lambda: _run(arguments))
+    return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     keep_freed_memory()
     try:
         return _parse(list(arguments))() or 0
@@ -157,7 +164,8 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
         sub.set_defaults(run=run)
         return sub
 
-    add("train", _train, "train, or go on with, the run in --run.directory")
+    train = add("train", _train, "train, or go on with, the run in --run.directory")
+    _add_distributed(train)
     compare = add("compare", _compare, "every regime from one starting policy: table and figures")
     compare.add_argument("--seeds", type=_positive, default=3, help="seeds a regime (3)")
     compare.add_argument("--exact", action="store_true", help="also occ with exact gradients")
@@ -193,6 +201,8 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
     _add_prepare(commands)
     _add_convert(commands)
     options, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith(distributed.FLAG) for argument in rest):
+        raise UserError(f"{options.command} runs in one process; {distributed.FLAG}* is for train")
     checkpoint = getattr(options, "checkpoint", None)
     if checkpoint and _is_pretrained(Path(checkpoint)):
         rest = ["--model.checkpoint", checkpoint, *rest]
@@ -274,13 +284,64 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _train(config: Config, _: argparse.Namespace) -> None:
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group(
+        "several processes, on one machine or many (docs/pods.md)",
+        "each is given the same command, with a process id of its own",
+    )
+    several.add_argument(
+        "--distributed.auto", action="store_true", help="as JAX finds: TPU pods, SLURM, Open MPI"
+    )
+    several.add_argument(
+        "--distributed.coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens (JAX_COORDINATOR_ADDRESS)",
+    )
+    several.add_argument(
+        "--distributed.num-processes", type=_positive, metavar="N", help="(JAX_NUM_PROCESSES)"
+    )
+    several.add_argument(
+        "--distributed.process-id", type=int, metavar="I", help="0 to N-1 (JAX_PROCESS_ID)"
+    )
+    several.add_argument(
+        "--distributed.initialization-timeout",
+        type=_positive,
+        default=120,
+        metavar="SECONDS",
+        help="in which all must have started (120)",
+    )
+    several.add_argument(
+        "--distributed.heartbeat-timeout",
+        type=_positive,
+        default=60,
+        metavar="SECONDS",
+        help="of silence after which a process is taken for dead (60)",
+    )
+
+
+def _train(config: Config, options: argparse.Namespace) -> None:
+    given = {
+        name.removeprefix("distributed.").replace("-", "_"): value
+        for name, value in vars(options).items()
+        if name.startswith("distributed.")
+    }
+    if given["auto"] or given["coordinator"] or distributed.in_environment():
+        with distributed.joined(distributed.read_options(**given)):
+            _train_here(config)
+        return
+    _train_here(config)
+
+
+def _train_here(config: Config) -> None:
+    from occ_jax.hosts import is_first
     from occ_jax.metrics import read_rows
     from occ_jax.progress import Progress
     from occ_jax.report import run_report, write_figures
     from occ_jax.train import train
 
-    train(config, Progress())
+    train(config, Progress(quiet=not is_first()))
+    if not is_first():
+        return
     directory = Path(config.run.directory)
     rows = read_rows(directory / "metrics.jsonl")
     figures = write_figures({_name(config): [rows]}, directory / "figures")

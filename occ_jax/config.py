@@ -389,6 +389,9 @@ class RunConfig:
     """Completions a prompt when accuracy is sampled."""
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
+    """How many of the newest are kept; one more while the next is being written."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 for none."""
     max_skipped_updates: int = 10
     """Consecutive updates with a non-finite loss or gradient before training stops."""
     num_logged_samples: int = 2
@@ -404,7 +407,7 @@ class RunConfig:
             *("checkpoint_every", "keep_checkpoints", "max_skipped_updates"),
         )
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "between 0 and 2^31 - 1")
-        require_not_negative("run", self, "num_logged_samples")
+        require_not_negative("run", self, "num_logged_samples", "keep_every")
         require(bool(self.directory), "run.directory", self.directory, "a path")
 
 

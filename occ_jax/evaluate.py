@@ -6,14 +6,16 @@ Owns the sampling; `occ_jax.evaluation` holds what is made of the answers.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from occ_jax.config import Config, computation
 from occ_jax.data.examples import Prompt
@@ -22,6 +24,7 @@ from occ_jax.data.tasks import has_unique_completion
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask
 from occ_jax.evaluation.report import summarise
+from occ_jax.hosts import block, fold_in, gather_objects, own_rows, put_everywhere, put_rows
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -32,7 +35,7 @@ from occ_jax.models.scoring import (
 from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rollout.sampler import sample
-from occ_jax.sharding import on_mesh, rows
+from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Params, Rollout
 
 
@@ -82,7 +85,15 @@ def evaluate(
         file=file,
         keep_completions=keep_completions,
         show=show,
+        own=block,
+        gather=_gather_records,
     )
+
+
+def _gather_records(own: list[Record]) -> list[Record]:
+    """The records of all processes, in the order of the questions."""
+    said = gather_objects([record._asdict() for record in own])
+    return [Record(**record) for records in said for record in records]
 
 
 def _answers(
@@ -101,17 +112,20 @@ def _answers(
 
     def run(part: Sequence[Prompt], start: int) -> list[Sampled]:
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
-        columns = jax.device_put(pad_prompts(config, tokenizer, padded), rows(mesh))
-        rollout, *drafts = sampler(params, *columns, jax.random.fold_in(key, start))
-        shape = (chunk, num_samples, width)
-        tokens = np.asarray(rollout.tokens)[:, -width:].reshape(shape)
-        mask = np.asarray(rollout.response_mask).reshape(shape)
+        mine = padded[block(chunk)]
+        columns = (put_rows(mesh, x) for x in pad_prompts(config, tokenizer, mine))
+        begin = put_everywhere(mesh, np.array(start, np.uint32))
+        rollout, drafts = sampler(params, *columns, key, begin)
+        shape = (len(mine), num_samples, width)
+        tokens = own_rows(mesh, rollout.tokens)[:, -width:].reshape(shape)
+        mask = own_rows(mesh, rollout.response_mask).reshape(shape)
         ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
         objective: np.ndarray | None = None
         if not config.dataset.name and has_unique_completion(config.task):
-            objective = exact_objective(model, config, mesh, tokenizer, params, padded)
-        # [K, chunk]: over a question's answers.
-        agreed, drafted = (np.asarray(x).reshape(-1, chunk, num_samples).sum(-1) for x in drafts)
+            objective = exact_objective(model, config, mesh, tokenizer, params, mine)
+        # [K, questions]: over a question's answers.
+        drafts = own_rows(mesh, drafts).reshape(*shape[:2], 2, -1).sum(axis=1)
+        agreed, drafted = drafts.transpose(1, 2, 0)
         return [
             Sampled(
                 tokens=tokens[row],
@@ -124,7 +138,7 @@ def _answers(
                     **{f"drafted_{k + 1}": float(x[row]) for k, x in enumerate(drafted)},
                 },
             )
-            for row in range(len(part))
+            for row in range(len(part[block(chunk)]))
         ]
 
     return run
@@ -156,7 +170,7 @@ def evaluate_sets(
                 tokenizer,
                 params,
                 prompts,
-                set_key(config, name, key),
+                set_key(config, mesh, name, key),
                 pool,
                 num_samples=num_samples,
             )
@@ -175,9 +189,9 @@ def evaluate_sets(
     return {"val/accuracy": mean, **renamed}
 
 
-def set_key(config: Config, name: str, key: Key[Array, ""]) -> Key[Array, ""]:
+def set_key(config: Config, mesh: Mesh, name: str, key: Key[Array, ""]) -> Key[Array, ""]:
     """The sampling key of one of several sets."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode())) if config.dataset.name else key
+    return fold_in(mesh, key, zlib.crc32(name.encode())) if config.dataset.name else key
 
 
 def exact_objective(
@@ -191,7 +205,7 @@ def exact_objective(
     """pi_theta(right completion | prompt) of every prompt of a digit task, by teacher forcing.
 
     Where exactly one completion is right this *is* the expected reward at temperature 1, without
-    sampling noise.
+    sampling noise. Of several processes each gives as many prompts as the others.
 
     Returns:
         float32 [len(prompts)], probabilities.
@@ -202,12 +216,13 @@ def exact_objective(
     tokens = np.concatenate([questions, completions], axis=1)
     valid = np.concatenate([question_valid, mask], axis=1)
     score = _answer_probability(model, mesh, mask.shape[1])
-    return np.asarray(score(params["trunk"], *jax.device_put((tokens, valid), rows(mesh))))
+    columns = (put_rows(mesh, x) for x in (tokens, valid))
+    return own_rows(mesh, score(params["trunk"], *columns))
 
 
 def prompts_a_call(config: Config, num_samples: int) -> int:
     """Prompts that make about as many rows as are sampled at once, and divide over the mesh."""
-    shards = config.mesh.row_shards
+    shards = math.lcm(config.mesh.row_shards, jax.process_count())
     options = config.rollout
     rows_at_once = options.num_prompts * options.group_size // options.sampling_chunks
     wanted = rows_at_once // num_samples
@@ -222,28 +237,36 @@ def _sampler(
     num_samples: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> Callable[..., tuple[Rollout, Array, Array]]:
-    """Samples and counts, per module and answer, agreements with the main head over its tokens."""
+) -> Callable[..., tuple[Rollout, Array]]:
+    """Samples and counts, per answer, agreements of every module with the main head, and tokens.
+
+    The key is folded with where the chunk of prompts begins.
+    """
 
     def run(
-        params: Params, prompts: Int[Array, "N P"], valid: Bool[Array, "N P"], key: Key[Array, ""]
-    ) -> tuple[Rollout, Float[Array, "K B"], Float[Array, "K B"]]:
+        params: Params,
+        prompts: Int[Array, "N P"],
+        valid: Bool[Array, "N P"],
+        key: Key[Array, ""],
+        begin: UInt32[Array, ""],
+    ) -> tuple[Rollout, Float[Array, "B 2 K"]]:
         rollout = sample(
             model,
             params,
             prompts,
             valid,
-            key,
+            jax.random.fold_in(key, begin),
             group_size=num_samples,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
             eos_ids=eos_ids,
             pad_id=pad_id,
         )
-        matches, counts = _agreement(model, params, rollout)
-        return rollout, matches, counts
+        return rollout, jnp.stack(_agreement(model, params, rollout)).transpose(2, 0, 1)
 
-    return jax.jit(on_mesh(mesh, run))
+    every_field: Any = Rollout._fields
+    shardings = (row_shardings(mesh, Rollout(*every_field)), rows(mesh))
+    return jax.jit(on_mesh(mesh, run), out_shardings=shardings)
 
 
 def _agreement(
@@ -281,4 +304,4 @@ def _answer_probability(model: Model, mesh: Mesh, response: int) -> Callable[...
         log_probs = scores.log_probs
         return jnp.exp(jnp.sum(jnp.where(valid[:, -response:], log_probs, 0.0), axis=1))
 
-    return jax.jit(on_mesh(mesh, run))
+    return jax.jit(on_mesh(mesh, run), out_shardings=rows(mesh))

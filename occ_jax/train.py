@@ -4,15 +4,18 @@
 
 A run lives in its directory and goes on from there: starting it again resumes at the last complete
 checkpoint and repeats, bit for bit, what an undisturbed run would have done. Metrics of a step are
-fetched while the next one's rollout is awaited anyway, so they cost no synchronisation.
+fetched while the next one's rollout is awaited anyway, so they cost no synchronisation. Of several
+processes all do the same, each on its share; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +24,17 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from occ_jax import checkpoint
-from occ_jax.config import Config, computation, differences, from_dict, to_dict
+from occ_jax.checkpoint import Checkpoints, newest_intact
+from occ_jax.config import Config, MeshConfig, computation, differences, from_dict, to_dict
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import (
     TrainingPrompts,
     drawn,
     evaluation_prompts,
+    go_on,
     iterate,
     prompt_columns,
     training_prompts,
@@ -40,6 +44,7 @@ from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluate import evaluate_sets
 from occ_jax.files import write_json
+from occ_jax.hosts import check_hosts, fold_in, is_first, of_first
 from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
@@ -61,8 +66,10 @@ _MAY_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.keep_every",
     "run.wandb_project",
     "warm_start.cache_directory",
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }
 _ROLLOUT, _EVALUATION = 0, 1  # what a step's key is folded with
 _WATCHED = {
@@ -85,8 +92,8 @@ class _Run(NamedTuple):
     data: grain.DatasetIterator[list[Prompt]]
     evaluation: dict[str, list[Prompt]]
     reference: Params | None
-    manager: ocp.CheckpointManager
-    log: RunLog
+    checkpoints: Checkpoints
+    log: RunLog | None  # of the first process
     pool: VerifierPool
 
 
@@ -131,14 +138,19 @@ def _train(
     training = training_prompts(config, tokenizer)
     data = _share(config, training)
     directory = Path(config.run.directory)
-    open_directory(directory, config)
+    check_hosts(config, mesh)
+    of_first(lambda: open_directory(directory, config))
     if training.epoch is not None:
         progress.say(
             f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
             f"over {config.rollout.max_prompt_tokens:,} tokens left out"
         )
-    found = checkpoint.newest_intact(directory / "checkpoints", progress.say)
-    manager = checkpoint.open_manager(directory / "checkpoints", config.run.keep_checkpoints)
+    found = of_first(lambda: newest_intact(directory / "checkpoints", progress.say))
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        keep=config.run.keep_checkpoints,
+        keep_every=config.run.keep_every,
+    )
     like = abstract_state(model, computation(config), mesh)
     penalised = config.algorithm.kl_coefficient > 0
     if found is None:
@@ -148,12 +160,15 @@ def _train(
         state = place_state(computation(config), begin, config.run.seed, mesh)
     else:
         progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
-        state = checkpoint.restore(manager, found, like, data)
+        state, prompts_drawn = checkpoints.restore(found, like)
+        go_on(data, prompts_drawn // jax.process_count())
         reference = None
         if penalised:
             reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
-    charts = open_charts(config, progress.say)
-    log = RunLog(directory, -1 if found is None else found, charts)
+    log: RunLog | None = None
+    if is_first():
+        charts = open_charts(config, progress.say)
+        log = RunLog(directory, -1 if found is None else found, charts)
     run = _Run(
         config,
         model,
@@ -163,18 +178,23 @@ def _train(
         data,
         evaluation,
         reference,
-        manager,
+        checkpoints,
         log,
         pool,
     )
     try:
         _steps(run, state, found, progress)
     finally:
-        log.close()
-        manager.close()
-    summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
-    write_json(directory / "summary.json", summary)
-    return summary
+        if log is not None:
+            log.close()
+        checkpoints.close()
+
+    def summarise() -> dict[str, Any]:
+        summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
+        write_json(directory / "summary.json", summary)
+        return summary
+
+    return of_first(summarise)
 
 
 def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[list[Prompt]]:
@@ -189,17 +209,19 @@ def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[l
 
 
 def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) -> None:
-    """All steps that are left; returns early, checkpoint written, on SIGTERM or Ctrl-C."""
+    """All steps that are left; returns early, checkpoint begun, on SIGTERM or Ctrl-C."""
     config, total = run.config.run, run.config.run.steps
     skipped = 0
     watched: Row = {}
     if found is None:
         watched = {"step": 0, **_evaluate(run, state, 0), **_data_figures(run)}
-        run.log.write(watched)
+        if run.log is not None:
+            run.log.write(watched)
     pending: _Pending | None = None
     with (
         progress.steps(run.config.mtp.regime, total, found or 0) as show,
         _stop_requests() as stop,
+        jax.transfer_guard("disallow"),  # what goes to or from the devices here says so
     ):
         for step in range((found or 0) + 1, total + 1):
             experience = _collect(run, state, step)
@@ -215,7 +237,7 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 experience.started,
             )
             evaluates = step % config.evaluate_every == 0 or step == total
-            stopping = step < total and bool(stop)  # read once: what stops here is saved here
+            stopping = stop(step) and step < total  # asked once: what stops here is saved here
             saves = step % config.checkpoint_every == 0 or step == total or stopping
             if evaluates or saves:
                 jax.block_until_ready(state.params)  # what follows waits for them anyway
@@ -227,8 +249,10 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 show(step, _figures(watched))
                 pending = None
             if saves:
-                run.log.flush()
-                checkpoint.save(run.manager, step, state, run.data)
+                if run.log is not None:
+                    run.log.flush()
+                with jax.transfer_guard("allow"):  # orbax copies as it sees fit
+                    run.checkpoints.save(step, state, drawn(run.data) * jax.process_count())
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return
@@ -243,7 +267,7 @@ def _collect(run: _Run, state: TrainState, step: int) -> Experience:
         state.params,
         run.reference,
         run.data,
-        _key(state, step, _ROLLOUT),
+        fold_in(run.mesh, state.key, step, _ROLLOUT),
         run.pool,
     )
 
@@ -290,9 +314,10 @@ def _finish(run: _Run, pending: _Pending, ended: float, skipped: int) -> int:
     pending.row["per_update"] = {
         name: values for name, values in per_update.items() if name.startswith("occ/")
     }
-    run.log.write(pending.row)
     step = pending.row["step"]
-    run.log.write_samples({"step": step, **sample} for sample in pending.samples)
+    if run.log is not None:
+        run.log.write(pending.row)
+        run.log.write_samples({"step": step, **sample} for sample in pending.samples)
     limit = run.config.run.max_skipped_updates
     for metrics in updates:
         skipped = skipped + 1 if metrics["actor/skipped"] else 0
@@ -312,7 +337,7 @@ def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
         run.tokenizer,
         state.params,
         run.evaluation,
-        _key(state, step, _EVALUATION),
+        fold_in(run.mesh, state.key, step, _EVALUATION),
         run.pool,
         num_samples=run.config.run.evaluation_samples,
     )
@@ -327,10 +352,6 @@ def _data_figures(run: _Run) -> Row:
         "data/overlong_prompts": run.training.overlong,
         "data/epoch": drawn(run.data) * jax.process_count() / run.training.epoch,
     }
-
-
-def _key(state: TrainState, step: int, purpose: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(state.key, step), purpose)
 
 
 def _figures(row: Row) -> dict[str, float]:
@@ -444,25 +465,34 @@ def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_requests() -> Generator[list[int]]:
-    """Collects SIGTERM and the first SIGINT instead of dying; a second SIGINT interrupts.
+def _stop_requests() -> Generator[Callable[[int], bool]]:
+    """Asks, after every step, whether to stop: on SIGTERM and the first SIGINT, instead of dying.
 
-    Outside the main thread (a notebook's worker, a test) signals stay as they are.
+    A second SIGINT interrupts. Of several processes JAX's preemption service takes SIGTERM and has
+    all of them stop after the same step, whoever got it; a SIGINT is passed on to it. Outside the
+    main thread (a notebook's worker, a test) signals stay as they are.
     """
+    alone = jax.process_count() == 1
     received: list[int] = []
 
     def remember(number: int, _: object) -> None:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(step: int) -> bool:
+        return bool(received) if alone else multihost_utils.reached_preemption_sync_point(step)
 
     try:
-        previous = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        taken = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+        previous = {s: signal.signal(s, remember) for s in taken}
     except ValueError:
-        yield received
+        yield asked
         return
     try:
-        yield received
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -26,6 +27,7 @@ from occ_jax.checkpoint import restore_params, save_params
 from occ_jax.config import Config
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
 from occ_jax.data.tokenizer import Tokenizer
+from occ_jax.hosts import of_first
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
@@ -61,7 +63,7 @@ def starting_params(
     tell = report or (lambda _: None)
     like = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     directory = cache_path(config)
-    if config.warm_start.steps > 0 and directory.is_dir():
+    if config.warm_start.steps > 0 and of_first(directory.is_dir):
         tell(f"starting policy: {directory}")
         return restore_params(directory, like)
     if config.model.checkpoint:
@@ -87,14 +89,18 @@ def cache_path(config: Config) -> Path:
 
 
 def _keep(directory: Path, params: Params) -> None:
-    """Saves under a name of this process's own, then renames: runs may start at the same time."""
-    own = directory.with_name(f"{directory.name}.{os.getpid()}")
+    """Saves under a name of this run's own, then renames: runs may start at the same time."""
+    own = directory.with_name(f"{directory.name}.{of_first(os.getpid)}")
     own.parent.mkdir(parents=True, exist_ok=True)
     save_params(own, params)
-    try:
-        own.rename(directory)
-    except OSError:  # another run was quicker; the parameters are the same
-        shutil.rmtree(own)
+
+    def rename() -> None:
+        try:
+            own.rename(directory)
+        except OSError:  # another run was quicker; the parameters are the same
+            shutil.rmtree(own)
+
+    of_first(rename)
 
 
 def supervised_loss(
@@ -129,6 +135,8 @@ def supervised_loss(
 def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params: Params) -> Params:
     warm_start = config.warm_start
     optimizer = optax.adam(warm_start.learning_rate)
+    moments = state_shardings(mesh, jax.eval_shape(optimizer.init, params))
+    shardings = (state_shardings(mesh, params), moments)  # those of what is donated
 
     def step(params: Params, opt_state: Any, *batch: Array) -> Any:
         tokens, valid, mask = (constrain(x, "rows", None) for x in batch)
@@ -138,20 +146,16 @@ def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params:
         updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    moments = state_shardings(mesh, jax.eval_shape(optimizer.init, params))
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
-    step = jax.jit(
-        on_mesh(mesh, step),
-        out_shardings=(state_shardings(mesh, params), moments),
-        donate_argnums=(0, 1),
-    )
+    step = jax.jit(on_mesh(mesh, step), out_shardings=shardings, donate_argnums=(0, 1))
     batches = iterate(task_prompts(config, tokenizer, _STREAM), warm_start.batch_size)
     for _ in range(warm_start.steps):
         batch = next(batches)
         prompts, prompt_valid = pad_prompts(config, tokenizer, batch)
         examples = [prompt.example for prompt in batch]
         completions, mask = encode_completions(config.task, tokenizer, examples)
-        tokens = jnp.concatenate([prompts, completions], axis=1)
-        valid = jnp.concatenate([prompt_valid, mask], axis=1)
+        # The same on every process, so each gives all of it.
+        tokens = np.concatenate([prompts, completions], axis=1)
+        valid = np.concatenate([prompt_valid, mask], axis=1)
         params, opt_state = step(params, opt_state, tokens, valid, mask)
     return params

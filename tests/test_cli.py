@@ -122,7 +122,7 @@ def test_compare_prints_every_regime(tmp_path, capsys):
         (["train", "{root}/none.py"], "no config file"),
         (["train", "{file}"], "get_config"),
         (["evaluate", "{config}"], "--checkpoint"),
-        (["evaluate", "{config}", "--checkpoint", "{root}/none"], "no checkpoint at"),
+        (["evaluate", "{config}", "--checkpoint", "{root}/none"], "no complete checkpoint at"),
         (
             ["evaluate", "{config}", "--checkpoint", "{root}/run", "--model.hidden-size", "32"],
             "another model: model.hidden_size is 16 there, 32 here",

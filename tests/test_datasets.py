@@ -108,7 +108,7 @@ def test_no_prompt_is_repeated_or_skipped(directory, tokenizer, seed, batch, hos
             states[host] = share.get_state()
             assert drawn(share) * hosts == drawn(undisturbed)
         for step in range(steps):
-            together = [found[i % hosts][step][i // hosts] for i in range(batch * hosts)]
+            together = [prompt for share in found for prompt in share[step]]
             assert together == expected[step]
             seen += together
     # Epochs follow one another without a gap, wherever steps end.

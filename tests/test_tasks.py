@@ -255,7 +255,7 @@ def test_hosts_share_the_prompts_of_every_step():
     for _ in range(3):
         step = next(alone)
         found = [next(share) for share in shares]
-        assert [found[index % 3][index // 3] for index in range(6)] == step
+        assert [prompt for share in found for prompt in share] == step
     assert len({str(share.get_state()) for share in shares}) == 1
 
 

@@ -108,10 +108,9 @@ def iterate(
 ) -> grain.DatasetIterator[list[Prompt]]:
     """Batches of prompts of one host of several.
 
-    Host h of H gets positions h, h + H, h + 2H, … of the common order, so that step s of all hosts
-    together is the same H·B prompts in a row, whatever H is and wherever epochs end. The
-    iterator's state (`get_state`, `set_state`) is one integer, the same on every host, and goes
-    into checkpoints.
+    Of the H·B prompts that a step takes from the common order, host h of H gets B in a row, from
+    h·B on: the hosts' batches one after the other are the batch of a run of one host, whatever H
+    is and wherever epochs end. The iterator's state is one integer, the same on every host.
 
     Args:
         prompts: endless.
@@ -119,13 +118,42 @@ def iterate(
         host: h, this process's index.
         num_hosts: H.
     """
-    mine = prompts[host::num_hosts].to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return iter(mine.batch(batch_size, batch_fn=list))
+    mine = prompts
+    if num_hosts > 1:
+        mine = grain.MapDataset.source(_Share(prompts, batch_size, host, num_hosts))
+    endless = mine.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    return iter(endless.batch(batch_size, batch_fn=list))
+
+
+class _Share:
+    """One host's prompts, as grain's `RandomAccessDataSource` asks for."""
+
+    def __init__(
+        self, prompts: grain.MapDataset[Prompt], batch_size: int, host: int, num_hosts: int
+    ) -> None:
+        self._prompts, self._size, self._host, self._hosts = prompts, batch_size, host, num_hosts
+
+    def __len__(self) -> int:
+        return len(self._prompts) // self._hosts
+
+    def __getitem__(self, index: int) -> Prompt:
+        step, place = divmod(int(index), self._size)
+        prompt = self._prompts[(step * self._hosts + self._host) * self._size + place]
+        assert prompt is not None  # of a data set without filters
+        return prompt
+
+    def __repr__(self) -> str:
+        return f"_Share({self._size}, {self._host}, {self._hosts})"
 
 
 def drawn(batches: grain.DatasetIterator[list[Prompt]]) -> int:
     """Prompts that an iterator of `iterate` has yielded since the run began."""
     return int(batches.get_state()["next_index"])
+
+
+def go_on(batches: grain.DatasetIterator[list[Prompt]], drawn: int) -> None:
+    """Moves an iterator of `iterate` behind the first `drawn` prompts of its host."""
+    batches.set_state({"next_index": drawn})
 
 
 def evaluation_prompts(config: Config, tokenizer: Tokenizer, count: int) -> dict[str, list[Prompt]]:

@@ -176,7 +176,7 @@ def _evaluate_into(
                     tokenizer,
                     params,
                     prompts,
-                    set_key(config, name, jax.random.key(config.run.seed)),
+                    set_key(config, mesh, name, jax.random.key(config.run.seed)),
                     pool,
                     num_samples=num_samples,
                     file=files[name],

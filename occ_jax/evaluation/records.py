@@ -100,18 +100,23 @@ def ask(
     file: RecordFile | None = None,
     keep_completions: bool = False,
     show: Callable[[list[Record]], None] = lambda _: None,
+    own: Callable[[int], slice] = slice,
+    gather: Callable[[list[Record]], list[Record]] = lambda records: records,
 ) -> list[Record]:
     """Samples and judges answers to all questions that `file` does not hold yet.
 
     Args:
         prompts: Q questions.
-        sample: answers a chunk of them that begins at a position. The same chunk must get the same
-            answers, so that one of which a kill left only a part can be asked again.
+        sample: answers a chunk of them that begins at a position, or this process's part of it. The
+            same chunk must get the same answers, so that one of which a kill left only a part can
+            be asked again.
         judge: verdicts on token ids [P, n, R], question by question.
         chunk: questions a call; the last may be fewer.
         file: where records are kept, and those of an earlier start come from.
         keep_completions: keep whole texts too.
         show: is told the records there are after every chunk.
+        own: which of so many questions of a chunk this process has the answers to.
+        gather: the records of all processes from those of this one; one process has them all.
 
     Returns:
         Q records, in the order of the questions.
@@ -123,11 +128,15 @@ def ask(
         if held >= len(part):
             continue
         answers = sample(part, start)
-        judged = judge(part, np.stack([answer.tokens for answer in answers]))
-        fresh = [
-            _record(prompt, answer, judged, place, keep_completions)
-            for place, (prompt, answer) in enumerate(zip(part, answers, strict=True))
-        ][held:]
+        mine = part[own(chunk)]
+        made: list[Record] = []
+        if mine:
+            judged = judge(mine, np.stack([answer.tokens for answer in answers]))
+            made = [
+                _record(prompt, answer, judged, place, keep_completions)
+                for place, (prompt, answer) in enumerate(zip(mine, answers, strict=True))
+            ]
+        fresh = gather(made)[held:]
         if file is not None:
             file.append(fresh)
         records += fresh

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -352,14 +352,26 @@ def _report_errors(items: Sequence[Item], results: dict[int, _Result]) -> None:
         _LOG.warning("%d of %d verdicts failed, the first: %s", len(indices), len(items), text)
 
 
-def reward_metrics(batches: Sequence[Judged]) -> dict[str, float]:
-    """What the judging of some batches cost, and how often verifiers failed, under names to log."""
+def reward_metrics(
+    batches: Sequence[Judged], gather: Callable[[np.ndarray], np.ndarray] = lambda own: own
+) -> dict[str, float]:
+    """What the judging of some batches cost, and how often verifiers failed, under names to log.
+
+    Args:
+        batches: that this process has judged.
+        gather: from this process's row of figures [1, 5] to those of all processes, which judge at
+            the same time: of their seconds the most counts, of the rest the sum.
+    """
     seconds = sum(judged.seconds for judged in batches)
     counts = collections.Counter(failure for judged in batches for failure in judged.failures)
+    kinds = ("timeout", "death", "error")
+    figures = gather(np.array([[seconds, counts.total(), *(counts[kind] for kind in kinds)]]))
+    seconds = float(figures[:, 0].max())
+    items, timeouts, deaths, errors = figures[:, 1:].sum(axis=0).tolist()
     return {
         "timing_s/reward": seconds,
-        "perf/reward_throughput": counts.total() / seconds if seconds > 0 else 0.0,  # items/s
-        "reward/timeouts": float(counts["timeout"]),
-        "reward/deaths": float(counts["death"]),
-        "reward/errors": float(counts["error"]),
+        "perf/reward_throughput": items / seconds if seconds > 0 else 0.0,  # items/s
+        "reward/timeouts": timeouts,
+        "reward/deaths": deaths,
+        "reward/errors": errors,
     }

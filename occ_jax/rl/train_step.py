@@ -47,7 +47,7 @@ def init_state(config: Config, params: Params, seed: int) -> TrainState:
 
 def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: init_state(config, model.init(key), 0), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_state(config, model.init(jax.random.key(0)), 0))
     return abstract(mesh, shapes)
 
 

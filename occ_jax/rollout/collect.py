@@ -1,7 +1,9 @@
 """One step's experience: prompts -> completions -> rewards -> groups kept -> mini-batches.
 
 The host side of a step. Rewards are computed here because verifiers are host programs in general;
-everything before and after them stays on device.
+everything before and after them stays on device. Of several processes each samples and judges its
+block of the prompts (`occ_jax.hosts`); scores and lengths of all are gathered, so that all keep the
+same groups and log the same figures.
 """
 
 from __future__ import annotations
@@ -16,13 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from occ_jax.config import Config, computation
 from occ_jax.data.examples import Prompt, prompt_text
 from occ_jax.data.pipeline import pad_prompts
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
+from occ_jax.hosts import (
+    block,
+    fold_in,
+    gather,
+    gather_objects,
+    own_rows,
+    put_everywhere,
+    put_rows,
+)
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
@@ -32,7 +43,7 @@ from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.gradients import micro_batches
 from occ_jax.rl.losses import rollout_correction
 from occ_jax.rollout.sampler import sample_in_chunks
-from occ_jax.sharding import on_mesh, row_shardings, rows
+from occ_jax.sharding import on_mesh, row_shardings
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
 
@@ -46,15 +57,25 @@ class Experience(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Completions of some prompts on the host, with their scores."""
+    """Completions of P prompts, of all processes, with their scores."""
 
-    prompts: list[Prompt]
-    rollout: Rollout  # NumPy arrays, or device arrays when nothing was dropped
+    rollout: Rollout  # on device
     scores: np.ndarray  # [P, G], the verifier's
-    judged: list[Judged]  # all that was, dropped groups included
+    lengths: np.ndarray  # [P, G], tokens
+    ended: np.ndarray  # [P, G], by a token that ends a completion
+    samples: list[_Sample]  # of this process, in order
+    judged: list[Judged]  # by this process, dropped groups included
     uniform: float  # share of the groups sampled, dropped ones too, that score alike throughout
     started: float  # as in Experience
     rounds: int = 1  # rollouts that it took
+
+
+class _Sample(NamedTuple):
+    """A prompt's first completion, to be looked at."""
+
+    place: int  # of the prompt among the P
+    prompt: Prompt
+    tokens: list[int]
 
 
 def collect(
@@ -91,28 +112,25 @@ def collect(
         else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key, pool)
     )
     seconds = time.monotonic() - group.started
-    mask = np.asarray(group.rollout.response_mask)
-    lengths = mask.sum(axis=1).reshape(group.scores.shape)
     rewards = config.reward.wrong + (1 - config.reward.wrong) * group.scores
     if config.algorithm.overlong_buffer_tokens > 0:
         rewards = rewards + overlong_penalty(
-            lengths,
+            group.lengths,
             max_tokens=config.rollout.max_new_tokens,
             buffer_tokens=config.algorithm.overlong_buffer_tokens,
             factor=config.algorithm.overlong_penalty,
         )
     split = jit_splitter(model, computation(config), mesh)
-    rollout = jax.device_put(group.rollout, row_shardings(mesh, group.rollout))
-    batches = split(params, reference, rollout, jnp.asarray(rewards, jnp.float32))
-    tokens = np.asarray(group.rollout.tokens)[:, -config.rollout.max_new_tokens :]
-    metrics = _metrics(tokenizer, group, rewards, lengths, tokens, mask)
+    rewards_there = put_everywhere(mesh, rewards.astype(np.float32))
+    batches = split(params, reference, group.rollout, rewards_there)
+    metrics = _metrics(group, rewards)
     if config.rollout.dynamic_sampling:
         metrics["train/num_gen_batches"] = float(group.rounds)
     metrics["timing_s/rollout"] = seconds - metrics["timing_s/reward"]
     return Experience(
         batches=batches,
         metrics=metrics,
-        samples=_samples(config, tokenizer, group, rewards, tokens),
+        samples=_samples(config, tokenizer, group, rewards),
         started=group.started,
     )
 
@@ -127,7 +145,7 @@ def _sample_group(
     key: Key[Array, ""],
     pool: VerifierPool,
 ) -> _Group:
-    padded = jax.device_put(pad_prompts(config, tokenizer, prompts), rows(mesh))
+    padded = (put_rows(mesh, x) for x in pad_prompts(config, tokenizer, prompts))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     rollout = jit_sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
     # The rollout is under way, behind the updates that make `params`: waiting for these costs
@@ -135,12 +153,25 @@ def _sample_group(
     jax.block_until_ready(params)
     started = time.monotonic()
     size = config.rollout.group_size
-    tokens = np.asarray(rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    tokens = own_rows(mesh, rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    mask = own_rows(mesh, rollout.response_mask)
     examples = [prompt.example for prompt in prompts]
-    tokens = tokens.reshape(len(prompts), size, -1)
+    tokens, mask = (x.reshape(len(prompts), size, -1) for x in (tokens, mask))
     scores, judged = judge_completions(pool, config, tokenizer, examples, tokens)
-    uniform = 1.0 - float(informative_groups(scores).mean())
-    return _Group(prompts, rollout, scores, [judged], uniform, started)
+    ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
+    figures = np.stack([scores, mask.sum(-1), ended], axis=-1).astype(np.float32)
+    scores, lengths, ended = np.moveaxis(gather(figures), -1, 0)
+    first = block(len(scores)).start
+    return _Group(
+        rollout,
+        scores,
+        lengths.astype(np.int32),
+        ended.astype(bool),
+        [_Sample(first + i, p, tokens[i, 0].tolist()) for i, p in enumerate(prompts)],
+        [judged],
+        uniform=1.0 - float(informative_groups(scores).mean()),
+        started=started,
+    )
 
 
 def _dynamic(
@@ -155,10 +186,10 @@ def _dynamic(
 ) -> _Group:
     """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
     wanted, size = config.rollout.num_prompts, config.rollout.group_size
-    kept: list[Prompt] = []
-    drawn: list[_Group] = []
-    scores: list[np.ndarray] = []
-    pieces: list[Rollout] = []
+    fill = _filler(mesh)
+    kept: _Group | None = None
+    rounds: list[_Group] = []
+    have = 0
     for number in range(config.rollout.max_rounds):
         found = _sample_group(
             model,
@@ -167,40 +198,60 @@ def _dynamic(
             tokenizer,
             params,
             next(prompts),
-            jax.random.fold_in(key, number),
+            fold_in(mesh, key, number),
             pool,
         )
-        drawn.append(found)
-        keep = np.flatnonzero(informative_groups(found.scores))
-        keep = keep[: wanted - len(kept)]
-        kept_rows = (keep[:, None] * size + np.arange(size)[None, :]).reshape(-1)
-        kept += [found.prompts[index] for index in keep]
-        scores.append(found.scores[keep])
-        pieces.append(
-            map_rows(
-                lambda x, axis, keep=kept_rows: np.take(np.asarray(x), keep, axis), found.rollout
-            )
+        rounds.append(found)
+        keep = np.flatnonzero(informative_groups(found.scores))[: wanted - have]
+        source = np.full(wanted, -1, np.int32)  # of every place: a group of this round, or as it is
+        source[have : have + len(keep)] = keep
+        source_rows = np.repeat(source * size, size) + np.tile(np.arange(size), wanted)
+        source_rows = np.where(np.repeat(source < 0, size), -1, source_rows).astype(np.int32)
+        kept = found if kept is None else kept
+        kept = kept._replace(
+            rollout=fill(kept.rollout, found.rollout, put_everywhere(mesh, source_rows)),
+            **{
+                name: np.concatenate([getattr(kept, name)[:have], getattr(found, name)[keep]])
+                for name in ("scores", "lengths", "ended")
+            },
+            samples=[
+                *(kept.samples if have else []),
+                *(
+                    sample._replace(place=have + int(np.searchsorted(keep, sample.place)))
+                    for sample in found.samples
+                    if sample.place in keep
+                ),
+            ],
         )
-        if len(kept) == wanted:
-            return _Group(
-                kept,
-                _join(pieces),
-                np.concatenate(scores),
-                judged=[judged for group in drawn for judged in group.judged],
-                uniform=float(np.mean([group.uniform for group in drawn])),
-                started=drawn[0].started,
-                rounds=len(drawn),
+        have += len(keep)
+        if have == wanted:
+            return kept._replace(
+                judged=[judged for group in rounds for judged in group.judged],
+                uniform=float(np.mean([group.uniform for group in rounds])),
+                rounds=len(rounds),
             )
     raise UserError(
-        f"dynamic sampling kept {len(kept)} of {wanted} groups after rollout.max_rounds="
+        f"dynamic sampling kept {have} of {wanted} groups after rollout.max_rounds="
         f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
     )
 
 
-def _join(pieces: list[Rollout]) -> Rollout:
-    """Rollouts of the same shape one after the other, on the host."""
-    axes = map_rows(lambda _, axis: axis, pieces[0])
-    return jax.tree.map(lambda axis, *parts: np.concatenate(parts, axis), axes, *pieces)
+@functools.lru_cache(maxsize=16)
+def _filler(mesh: Mesh) -> Callable[[Rollout, Rollout, Array], Rollout]:
+    """Replaces rows of one rollout by rows of another; row -1 leaves what is there."""
+
+    def fill(kept: Rollout, found: Rollout, source: Int[Array, " B"]) -> Rollout:
+        def pick(old: Array, new: Array, axis: int) -> Array:
+            shape = [1] * old.ndim
+            shape[axis] = -1
+            taken = jnp.take(new, jnp.maximum(source, 0), axis=axis)
+            return jnp.where((source < 0).reshape(shape), old, taken)
+
+        axes = map_rows(lambda _, axis: axis, kept)
+        return jax.tree.map(lambda axis, old, new: pick(old, new, axis), axes, kept, found)
+
+    every_field: Any = Rollout._fields
+    return jax.jit(fill, out_shardings=row_shardings(mesh, Rollout(*every_field)))
 
 
 def _scores_modules(config: Config) -> bool:
@@ -229,10 +280,9 @@ def jit_sampler(
         pad_id=pad_id,
         auxiliary=_scores_modules(config) and config.rollout.old_log_probs == "sampler",
     )
-    # Any field may be missing; a sharding for one that is does no harm.
+    # Any field may be missing in a rollout; a sharding for one that is does no harm.
     every_field: Any = Rollout._fields
-    lying = row_shardings(mesh, Rollout(*every_field))
-    return jax.jit(on_mesh(mesh, run), out_shardings=lying)
+    return jax.jit(on_mesh(mesh, run), out_shardings=row_shardings(mesh, Rollout(*every_field)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -320,21 +370,13 @@ def _score(
     return main, jnp.stack([by(head) for head in heads])
 
 
-def _metrics(
-    tokenizer: Tokenizer,
-    group: _Group,
-    rewards: np.ndarray,
-    lengths: np.ndarray,
-    tokens: np.ndarray,
-    mask: np.ndarray,
-) -> dict[str, float]:
-    ended = np.any(np.isin(tokens, tokenizer.eos_ids) & mask, axis=1)
+def _metrics(group: _Group, rewards: np.ndarray) -> dict[str, float]:
     spread = {
         f"{name}/{statistic}": float(getattr(values, statistic)())
         for name, values in (
             ("critic/score", group.scores),
             ("critic/rewards", rewards),
-            ("response_length", lengths),
+            ("response_length", group.lengths),
         )
         for statistic in ("mean", "max", "min")
     }
@@ -342,24 +384,30 @@ def _metrics(
         **spread,
         "critic/rewards/std": float(rewards.std()),
         "critic/frac_reward_zero_std": group.uniform,
-        "response_length/clip_ratio": float(1.0 - ended.mean()),
-        "rollout/tokens": float(mask.sum()),
-        **reward_metrics(group.judged),
+        "response_length/clip_ratio": float(1.0 - group.ended.mean()),
+        "rollout/tokens": float(group.lengths.sum()),
+        **reward_metrics(group.judged, gather),
     }
 
 
 def _samples(
-    config: Config, tokenizer: Tokenizer, group: _Group, rewards: np.ndarray, tokens: np.ndarray
+    config: Config, tokenizer: Tokenizer, group: _Group, rewards: np.ndarray
 ) -> list[dict[str, Any]]:
-    size = config.rollout.group_size
-    return [
-        {
-            "id": prompt.example.id,
-            "prompt": prompt_text(config, prompt.example),
-            "completion": decode_completion(tokenizer, tokens[index * size].tolist()),
-            "answer": prompt.example.answer,
-            "score": float(group.scores[index, 0]),
-            "reward": float(rewards[index, 0]),
-        }
-        for index, prompt in enumerate(group.prompts[: config.run.num_logged_samples])
+    """The first completions of the first prompts, whichever process has them."""
+    own = [
+        (
+            place,
+            {
+                "id": prompt.example.id,
+                "prompt": prompt_text(config, prompt.example),
+                "completion": decode_completion(tokenizer, tokens),
+                "answer": prompt.example.answer,
+                "score": float(group.scores[place, 0]),
+                "reward": float(rewards[place, 0]),
+            },
+        )
+        for place, prompt, tokens in group.samples
+        if place < config.run.num_logged_samples
     ]
+    found = [pair for pairs in gather_objects(own) for pair in pairs]
+    return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]

@@ -1,0 +1,164 @@
+"""What is each process's own and what is everybody's, in a run of one process or of several.
+
+Every process draws, samples and judges a block of a step's prompts: process h of H has prompts
+h·N/H to (h+1)·N/H, so that the rows of all processes in order are those of a run of one. Arrays on
+devices are global. Numbers on the host are gathered, so that every process computes the same
+metrics and takes the same decisions; only the first writes.
+
+What is moved to and from the devices here is asked for; where JAX has no word for that, the guard
+against transfers that nobody asked for is lifted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, UInt32
+
+from occ_jax.config import Config, differences, from_dict, to_dict
+from occ_jax.errors import UserError
+from occ_jax.sharding import replicated, rows
+
+_T = TypeVar("_T")
+
+
+def is_first() -> bool:
+    """Whether this process writes files and speaks to people."""
+    return jax.process_index() == 0
+
+
+def check_hosts(config: Config, mesh: Mesh) -> None:
+    """Refuses what several processes cannot do together.
+
+    Raises:
+        UserError: their configs or versions of JAX differ, devices are left over, or prompts do
+            not divide.
+    """
+    hosts = jax.process_count()
+    if hosts == 1:
+        return
+    said = gather_objects({"config": to_dict(config), "jax": jax.__version__})
+    for process, other in enumerate(said):
+        found = differences(from_dict(said[0]["config"]), from_dict(other["config"]))
+        if other["jax"] != said[0]["jax"]:
+            found["version of jax"] = (said[0]["jax"], other["jax"])
+        if found:
+            listed = ", ".join(f"{name} {a!r} and {b!r}" for name, (a, b) in found.items())
+            raise UserError(f"processes 0 and {process} have different configs: {listed}")
+    if mesh.size != jax.device_count():
+        raise UserError(
+            f"the mesh has {mesh.size} places; with {hosts} processes it must have as many as "
+            f"there are devices ({jax.device_count()})"
+        )
+    prompts = config.rollout.num_prompts
+    if prompts % hosts != 0:
+        raise UserError(
+            f"rollout.num_prompts is {prompts}; it must be a multiple of the {hosts} processes"
+        )
+
+
+def block(count: int) -> slice:
+    """This process's part of `count` things, which H divides."""
+    size = count // jax.process_count()
+    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+
+
+def put_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
+    """The global array, rows over the mesh, of which `own` is this process's block."""
+    sharding = rows(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(own, sharding)
+    shape = (own.shape[0] * jax.process_count(), *own.shape[1:])
+    with jax.transfer_guard("allow"):
+        if _blocks_lie_at_home(mesh, shape[0]):
+            return jax.make_array_from_process_local_data(sharding, own, shape)
+        whole = gather(own)
+        return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
+
+
+def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
+    """This process's block of an array whose rows lie over the mesh, on the host."""
+    if jax.process_count() == 1:
+        return jax.device_get(array)
+    mine = block(array.shape[0])
+    if not _blocks_lie_at_home(mesh, array.shape[0]):
+        return _all_gathered(array)[mine]
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
+
+
+def _blocks_lie_at_home(mesh: Mesh, count: int) -> bool:
+    """Whether every process's devices hold rows of its block alone."""
+    size = count // jax.process_count()
+    for device, (index, *_) in rows(mesh).devices_indices_map((count,)).items():
+        start, stop, _ = index.indices(count)
+        if start < device.process_index * size or stop > (device.process_index + 1) * size:
+            return False
+    return True
+
+
+def gather(own: np.ndarray) -> np.ndarray:
+    """The blocks of all processes, one after the other; of several in 32 bits."""
+    if jax.process_count() == 1:
+        return own
+    own = own.astype(np.float32) if own.dtype == np.float64 else own
+    return _all_gathered(own)
+
+
+def _all_gathered(array: jax.Array | np.ndarray) -> np.ndarray:
+    with jax.transfer_guard("allow"):  # its way leads over the devices
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """What every process has to say, in their order; JSON values."""
+    if jax.process_count() == 1:
+        return [own]
+    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
+    sizes = gather(np.array([text.size], np.int32))
+    padded = gather(np.pad(text, (0, int(sizes.max()) - text.size))[None])
+    return [
+        json.loads(row[:size].tobytes().decode()) for row, size in zip(padded, sizes, strict=True)
+    ]
+
+
+def of_first(function: Callable[[], _T]) -> _T:
+    """What `function` returns, a JSON value, or refuses on the first process, for all of them."""
+    if jax.process_count() == 1:
+        return function()
+    said: Any = None
+    if is_first():
+        try:
+            said = {"value": function()}
+        except UserError as error:
+            said = {"error": str(error)}
+    said = gather_objects(said)[0]
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
+
+
+def put_everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """A small array that every process has, on all devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(value, replicated(mesh))
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_callback(value.shape, replicated(mesh), lambda _: value)
+
+
+def fold_in(mesh: Mesh, key: Key[Array, ""], *numbers: int) -> Key[Array, ""]:
+    """`jax.random.fold_in` by one number after the other."""
+    return _folded(key, put_everywhere(mesh, np.array(numbers, np.uint32)))
+
+
+@jax.jit
+def _folded(key: Key[Array, ""], numbers: UInt32[Array, " N"]) -> Key[Array, ""]:
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key

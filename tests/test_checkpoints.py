@@ -1,0 +1,196 @@
+"""A run's checkpoints: written while it goes on, never half there, restored on any mesh."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import occ_jax.checkpoint
+from occ_jax.checkpoint import Checkpoints, damage, find_checkpoint, newest_intact
+from occ_jax.config import MeshConfig, computation
+from occ_jax.data.pipeline import drawn, go_on, iterate, training_prompts
+from occ_jax.data.tokenizer import DIGITS
+from occ_jax.errors import UserError
+from occ_jax.models import Model
+from occ_jax.rl.train_step import abstract_state, place_state
+from occ_jax.sharding import make_mesh, state_shardings
+from occ_jax.train import load_config, open_directory
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def config_on(mesh, directory=Path("unused"), **run):
+    """The tiny experiment, with two key-value heads to split."""
+    config = tiny_config(directory, **run)
+    model = dataclasses.replace(config.model, num_kv_heads=2)
+    return dataclasses.replace(config, model=model, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def one_device(quick_compilation):
+    """A state with a different number in every place, on one device."""
+    config = config_on(MeshConfig())
+    shapes = jax.eval_shape(Model(config.model).init, jax.random.key(0))
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    params = jax.tree.unflatten(structure, values)
+    return place_state(computation(config), params, 7, make_mesh(config.mesh))
+
+
+def like(mesh_config):
+    config = config_on(mesh_config)
+    return abstract_state(Model(config.model), computation(config), make_mesh(mesh_config))
+
+
+def numbers(state):
+    return jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key)))
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, numbers(one), numbers(other))
+
+
+def on_disk(directory):
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def test_any_mesh_reads_what_another_wrote(one_device, tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, one_device, 40)
+        checkpoints.wait()
+        spread, prompts = checkpoints.restore(1, like(EIGHT))
+        assert prompts == 40
+        assert_equal(spread, one_device)
+        mesh = make_mesh(EIGHT)
+        assert jax.tree.map(lambda x: x.sharding, spread) == state_shardings(mesh, spread)
+        split = [x for x in jax.tree.leaves(spread.params) if not x.is_fully_replicated]
+        assert len(split) > len(jax.tree.leaves(spread.params)) / 2
+        checkpoints.save(2, spread, 44)
+        checkpoints.wait()
+        back, _ = checkpoints.restore(2, like(MeshConfig()))
+    assert_equal(back, one_device)
+    assert all(len(x.devices()) == 1 for x in jax.tree.leaves(back))
+
+
+def test_a_run_may_go_on_on_another_mesh_but_not_with_another_model(tmp_path):
+    open_directory(tmp_path / "run", config_on(MeshConfig()))
+    open_directory(tmp_path / "run", config_on(EIGHT))
+    assert load_config(tmp_path / "run").mesh == EIGHT
+    other = tiny_config(tmp_path)
+    other = dataclasses.replace(other, warm_start=config_on(EIGHT).warm_start)
+    with pytest.raises(UserError, match=r"another config \(model.num_kv_heads 2 -> 1\)"):
+        open_directory(tmp_path / "run", other)
+
+
+def test_training_does_not_wait_for_the_files(one_device, tmp_path, monkeypatch):
+    """While the manifest is held up, the state is donated, overwritten, and saved all the same."""
+    may_close = threading.Event()
+    close = occ_jax.checkpoint._close
+    monkeypatch.setattr(
+        occ_jax.checkpoint, "_close", lambda path: (may_close.wait(60), close(path))
+    )
+    state = jax.tree.map(lambda x: x.copy(), one_device)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, state, 0)
+        assert not may_close.is_set()
+        change = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
+        rest = change(change(state.params))
+        jax.block_until_ready(rest)
+        while not (tmp_path / "3").exists():  # by now orbax may still be writing
+            time.sleep(0.01)
+        assert damage(tmp_path / "3") == "it was never finished"
+        with pytest.raises(UserError, match="no complete checkpoint"):
+            find_checkpoint(tmp_path.parent)
+        may_close.set()
+        checkpoints.wait()
+        assert damage(tmp_path / "3") is None
+        found, _ = checkpoints.restore(3, like(MeshConfig()))
+    assert_equal(found, one_device)
+
+
+def test_the_newest_are_kept_and_every_fourth(one_device, tmp_path):
+    with Checkpoints(tmp_path, keep=2, keep_every=4) as checkpoints:
+        for step in range(2, 12):
+            checkpoints.save(step, one_device, 0)
+            assert len(checkpoints.steps()) <= 3 + step // 4
+    assert on_disk(tmp_path) == [4, 8, 10, 11]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(12, one_device, 0)
+    assert on_disk(tmp_path) == [12]
+
+
+def test_the_last_complete_one_goes_only_when_its_successor_is(one_device, tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, one_device, 0)
+        checkpoints.wait()
+        held, may_close = threading.Event(), threading.Event()
+        close = occ_jax.checkpoint._close
+        monkeypatch.setattr(
+            occ_jax.checkpoint,
+            "_close",
+            lambda path: (held.set(), may_close.wait(60), close(path)),
+        )
+        checkpoints.save(2, one_device, 0)
+        assert held.wait(60)
+        killed_here = shutil.copytree(tmp_path, tmp_path / "as killed")
+        may_close.set()
+    assert on_disk(tmp_path) == [2]
+    said = []
+    assert newest_intact(killed_here, said.append) == 1
+    assert len(said) == 1 and "never finished" in said[0]
+
+
+def test_of_the_unfinished_only_the_last_is_kept(tmp_path):
+    """A run killed over and over does not fill the disk."""
+    for step in (1, 3, 5):
+        (tmp_path / str(step)).mkdir()
+        assert newest_intact(tmp_path, lambda _: None) is None
+        assert [path.name for path in tmp_path.iterdir()] == [f"damaged-{step}"]
+
+
+def test_what_a_kill_left_half_written_is_removed(one_device, tmp_path):
+    half = tmp_path / "5.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, one_device, 0)
+    assert not half.exists() and damage(tmp_path / "5") is None
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(one_device, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(occ_jax.checkpoint, "_close", full)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, one_device, 0)
+    with pytest.raises(UserError) as error:
+        checkpoints.save(2, one_device, 0)
+    assert str(error.value) == (
+        f"the checkpoint {tmp_path / '1'} could not be written "
+        "(OSError: [Errno 28] No space left on device)"
+    )
+    checkpoints.close()
+    assert on_disk(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_any_number_of_hosts_goes_on_at_the_same_prompt(tmp_path, hosts):
+    """Twenty prompts drawn, by however many: the next four are prompts 20 to 23."""
+    config = tiny_config(tmp_path)
+    prompts = training_prompts(config, DIGITS).prompts
+    expected = {prompts[index].example.prompt for index in range(20, 24)}
+    found = []
+    for host in range(hosts):
+        share = iterate(prompts, 4 // hosts, host=host, num_hosts=hosts)
+        go_on(share, 20 // hosts)
+        found += [prompt.example.prompt for prompt in next(share)]
+        assert drawn(share) == 24 // hosts
+    assert len(found) == 4 and set(found) == expected

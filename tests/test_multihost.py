@@ -1,0 +1,312 @@
+"""Two processes of four devices each are one run of eight, and neither outlives the other.
+
+Real processes on this machine, connected by JAX's coordination service and gloo.
+"""
+
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from occ_jax.checkpoint import Checkpoints
+from occ_jax.cli import load_config, main
+from occ_jax.config import computation
+from occ_jax.metrics import read_rows
+from occ_jax.models import Model
+from occ_jax.progress import Progress
+from occ_jax.rl.train_step import abstract_state
+from occ_jax.sharding import make_mesh
+from occ_jax.train import train
+from tests.tiny import config_file
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+OVERRIDES = [
+    *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.num-kv-heads", "2"),
+    *("--rollout.num-prompts", "8", "--rollout.dynamic-sampling"),
+    *("--warm-start.steps", "60", "--warm-start.learning-rate", "0.01"),
+    *("--run.steps", str(STEPS), "--run.checkpoint-every", "1", "--run.evaluate-every", "5"),
+    # The log-probability proxy measures differences so small that its rounding errors are not.
+    *("--reward.workers", "1", "--mtp.estimator", "exact"),
+]
+SILENCE = 6  # seconds after which a process is taken for dead
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+class Processes:
+    """The processes of one start of a run, each with its own standard error."""
+
+    def __init__(self, directory: Path, extra=((), ()), ids=(0, 1), port=None, **options):
+        self.directory = directory
+        address = f"127.0.0.1:{port or free_port()}"
+        options = {"initialization-timeout": 60, "heartbeat-timeout": SILENCE, **options}
+        flags = [(f"--distributed.{name}", value) for name, value in options.items()]
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "run.py", "train", config_file(directory)),
+                    *overrides(directory),
+                    *extra[number],
+                    *("--distributed.coordinator", address, "--distributed.num-processes", "2"),
+                    *("--distributed.process-id", str(number)),
+                    *(str(part) for flag in flags for part in flag),
+                ],
+                cwd=ROOT,
+                env=environment(directory),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in ids
+        ]
+
+    def reach(self, step: int) -> None:
+        """Returns when the checkpoint of a step is complete."""
+        path = self.directory / "run" / "checkpoints" / str(step) / "manifest.json"
+        deadline = time.monotonic() + 180
+        while not path.exists():
+            assert all(process.poll() is None for process in self.processes), self.end()
+            assert time.monotonic() < deadline, "the run makes no progress"
+            time.sleep(0.005)
+
+    def end(self, patience=120.0) -> list[tuple[int, list[str]]]:
+        """Exit status and the lines that begin with "error: ", of every process."""
+        found = []
+        for process in self.processes:
+            _, said = process.communicate(timeout=patience)
+            assert "Traceback" not in said and "Check failure" not in said, said
+            lines = [line for line in said.splitlines() if line.startswith("error: ")]
+            found.append((process.returncode, lines))
+        return found
+
+
+def overrides(directory: Path) -> list[str]:
+    """Of all runs; they start from the same policy."""
+    return [*OVERRIDES, "--warm-start.cache-directory", str(directory.parent / "warm_starts")]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def outcome(directory: Path):
+    """The last checkpoint's arrays, and rows without what depends on the clock."""
+    config = load_config(str(config_file(directory)), overrides(directory))
+    like = abstract_state(Model(config.model), computation(config), make_mesh(config.mesh))
+    with Checkpoints(directory / "run" / "checkpoints", keep=2) as checkpoints:
+        state, prompts_drawn = checkpoints.restore(STEPS, like)
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith(("timing_s", "perf"))}
+        for row in read_rows(directory / "run" / "metrics.jsonl")
+    ]
+    numbers = jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key)))
+    return numbers, prompts_drawn, rows, read_rows(directory / "run" / "samples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, quick_compilation):
+    directory = tmp_path_factory.mktemp("runs") / "alone"
+    directory.mkdir()
+    train(load_config(str(config_file(directory)), overrides(directory)), Progress(quiet=True))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_process):
+    directory = one_process.parent / "undisturbed"
+    directory.mkdir()
+    assert Processes(directory).end() == [(0, []), (0, [])]
+    return directory
+
+
+def test_two_processes_are_one_of_eight_devices(one_process, two_processes):
+    (state, prompts, rows, samples) = outcome(two_processes)
+    (alone, prompts_alone, rows_alone, samples_alone) = outcome(one_process)
+    assert prompts == prompts_alone > 8 * STEPS  # some groups were drawn again
+    # Of an array as a whole: Adam makes steps of full size of gradients that are hardly there.
+    errors = jax.tree.map(
+        lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6),
+        (state.params, state.opt_state),
+        (alone.params, alone.opt_state),
+    )
+    assert max(jax.tree.leaves(errors)) <= 1e-5, errors
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert 0 < rows[-1]["critic/score/mean"] < 1
+    for row, other in zip(rows, rows_alone, strict=True):
+        assert row.keys() == other.keys()
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), row, other
+        )
+    assert samples == samples_alone
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_by_turns_it_ends_at_the_same_bits(two_processes):
+    directory = two_processes.parent / "disturbed"
+    directory.mkdir()
+    run = Processes(directory)
+    run.reach(1)
+    run.processes[1].send_signal(signal.SIGTERM)  # one is told, both stop after the same step
+    assert run.end() == [(0, []), (0, [])]
+    for victim, step, line in (
+        (1, 3, r"error: process 1 has (not been heard of for \d+ s|ended .*); start all"),
+        (0, 5, r"error: process 0.* has (gone|ended .*|not been .*); start all processes again"),
+    ):
+        run = Processes(directory)
+        run.reach(step)
+        run.processes[victim].kill()
+        killed = time.monotonic()
+        found = run.end()
+        assert time.monotonic() - killed < SILENCE + 20
+        assert found[victim] == (-signal.SIGKILL, [])
+        status, lines = found[1 - victim]
+        assert status == 3 and len(lines) == 1 and re.match(line, lines[0])
+    assert Processes(directory).end() == [(0, []), (0, [])]
+    (state, *rest), (other, *other_rest) = outcome(directory), outcome(two_processes)
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    assert rest == other_rest
+
+
+def test_processes_that_disagree_say_in_what(two_processes):
+    directory = two_processes.parent / "disagreeing"
+    directory.mkdir()
+    found = Processes(directory, extra=((), ("--optimizer.learning-rate", "0.001"))).end()
+    expected = "processes 0 and 1 have different configs: optimizer.learning_rate 0.0003 and 0.001"
+    for status, lines in found:
+        assert status in (2, 3) and len(lines) == 1 and expected in lines[0]
+    assert not (directory / "run").exists()
+
+
+def test_a_coordinator_that_is_not_there_and_a_process_that_never_comes(tmp_path):
+    timeout = {"initialization-timeout": 3}
+    started = time.monotonic()
+    alone = [Processes(tmp_path, ids=(number,), **timeout) for number in (0, 1)]
+    ((status, lines),), ((other_status, other_lines),) = (run.end() for run in alone)
+    assert time.monotonic() - started < 60
+    assert (other_status, len(other_lines)) == (2, 1)
+    assert re.match(r"error: the coordinator 127.0.0.1:\d+ cannot be reached", other_lines[0])
+    assert (status, len(lines)) == (3, 1)
+    assert lines[0].startswith("error: not all 2 processes have met at the coordinator 127.0.0.1")
+
+
+EXCHANGE = """
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+number = int(sys.argv[2])
+jax.distributed.initialize(sys.argv[1], 2, number, cluster_detection_method="deactivate")
+from occ_jax import hosts
+from occ_jax.config import MeshConfig
+from occ_jax.errors import UserError
+from occ_jax.sharding import make_mesh
+
+straight = make_mesh(MeshConfig(data=4, fsdp=2))
+whole = np.arange(48, dtype=np.int32).reshape(16, 3)
+own = whole[hosts.block(16)]
+assert own[0, 0] == 24 * number
+crossed = straight.devices.reshape(2, -1).T.reshape(straight.devices.shape)
+for devices, at_home in ((straight.devices, True), (crossed, False)):
+    mesh = Mesh(devices, straight.axis_names)
+    assert hosts._blocks_lie_at_home(mesh, 16) is at_home
+    array = hosts.put_rows(mesh, own)
+    assert array.shape == (16, 3)
+    np.testing.assert_array_equal(hosts._all_gathered(array), whole)
+    np.testing.assert_array_equal(hosts.own_rows(mesh, array), own)
+    np.testing.assert_array_equal(hosts.put_everywhere(mesh, whole).addressable_data(3), whole)
+np.testing.assert_array_equal(hosts.gather(own), whole)
+assert hosts.gather_objects(["é" * number, number]) == [["", 0], ["é", 1]]
+assert hosts.of_first(lambda: number) == 0
+
+
+def refuse():
+    raise UserError(f"no, says {number}")
+
+
+try:
+    hosts.of_first(refuse)
+except UserError as error:
+    assert str(error) == "no, says 0"
+else:
+    raise AssertionError("nothing was refused")
+jax.distributed.shutdown()
+"""
+
+
+def test_blocks_travel_between_hosts_and_devices_wherever_the_mesh_puts_them(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXCHANGE, address, str(number)],
+            env=environment(tmp_path),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+
+
+def test_other_commands_are_of_one_process(tmp_path, capsys):
+    arguments = ["evaluate", str(config_file(tmp_path)), "--checkpoint", "runs"]
+    assert main([*arguments, "--distributed.auto"]) == 2
+    expected = "error: evaluate runs in one process; --distributed.* is for train\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["coordinator", "host"], "--distributed.num-processes, or JAX_NUM_PROCESSES, is missing"),
+        (
+            ["coordinator", "host", "num-processes", "2", "process-id", "0"],
+            "--distributed.coordinator is 'host'; it must be host:port",
+        ),
+        (
+            ["coordinator", "host:1", "num-processes", "2", "process-id", "2"],
+            "--distributed.process-id is 2; it must be between 0 and 1",
+        ),
+    ],
+)
+def test_flags_that_make_no_sense(tmp_path, flags, said):
+    names, values = flags[::2], flags[1::2]
+    pairs = [
+        part
+        for name, value in zip(names, values, strict=True)
+        for part in (f"--distributed.{name}", value)
+    ]
+    done = subprocess.run(
+        [sys.executable, "run.py", "train", config_file(tmp_path), *pairs],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
