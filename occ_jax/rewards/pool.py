@@ -68,6 +68,7 @@ class Judged(NamedTuple):
     given: list[str | None]  # normalised answers; None where there is none
     failures: list[str]  # "timeout", "death" or "error" where the verifier failed, else ""
     seconds: float  # that judging took
+    asked: int  # of the N, those that verifiers were asked about; the others score 0 unseen
 
 
 class VerifierPool:
@@ -147,6 +148,7 @@ class VerifierPool:
             given=[result.given for result in ordered],
             failures=[result.failure or ("error" if result.error else "") for result in ordered],
             seconds=seconds,
+            asked=len(items),
         )
 
     def _refill(self) -> None:
@@ -355,10 +357,11 @@ def _report_errors(items: Sequence[Item], results: dict[int, _Result]) -> None:
 def reward_metrics(batches: Sequence[Judged]) -> dict[str, float]:
     """What the judging of some batches cost, and how often verifiers failed, under names to log."""
     seconds = sum(judged.seconds for judged in batches)
+    asked = sum(judged.asked for judged in batches)
     counts = collections.Counter(failure for judged in batches for failure in judged.failures)
     return {
         "timing_s/reward": seconds,
-        "perf/reward_throughput": counts.total() / seconds if seconds > 0 else 0.0,  # items/s
+        "perf/reward_throughput": asked / seconds if seconds > 0 else 0.0,  # items/s
         "reward/timeouts": float(counts["timeout"]),
         "reward/deaths": float(counts["death"]),
         "reward/errors": float(counts["error"]),
