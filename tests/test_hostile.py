@@ -5,6 +5,7 @@ it. Some of each kind would stop an unprotected verifier for hours or take the p
 Right completions stand among them and must all be rewarded.
 """
 
+import os
 import random
 import time
 
@@ -162,9 +163,9 @@ def noise(rng, answer):
 
 # (kind, how many of ten thousand): those that are slow on purpose are few.
 KINDS = [
-    *((undecided, 1500), (near_miss, 1400), (parts, 500), (many_boxes, 1000), (unbalanced, 1000)),
-    *((odd_characters, 900), (nested_boxes, 700), (nested_latex, 600), (repetitions, 600)),
-    *((programs, 500), (noise, 500), (large_collections, 400), (long_digits, 270)),
+    *((undecided, 1700), (near_miss, 1400), (parts, 900), (many_boxes, 700), (unbalanced, 1000)),
+    *((odd_characters, 900), (nested_boxes, 700), (nested_latex, 400), (repetitions, 600)),
+    *((programs, 500), (noise, 500), (large_collections, 300), (long_digits, 270)),
     *((megabyte, 100), (towers, 30)),
 ]
 
@@ -221,7 +222,8 @@ def test_hostile_completions_neither_hang_nor_crash_nor_earn(capsys):
             assert rewarded == set(right), f"{verifier} lost right completions"
             # Everything that is not a time-out is quick; a time-out costs a deadline and a start.
             bound = 60 + found["reward/timeouts"] * (DEADLINE + 2) / 2
-            assert judged.seconds < bound
+            crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others at work
+            assert judged.seconds < bound * crowd
             assert found["reward/timeouts"] + found["reward/deaths"] <= 60
     with capsys.disabled():
         print(f"\n{COUNT:,} hostile completions, {RIGHT} right ones, 2 workers, {DEADLINE} s each")

@@ -214,6 +214,7 @@ def test_results_are_the_librarys_own(gold, completion, expected):
         *(rf"\boxed{{12}} {'so it seemed' * 6} \boxed{{34}}", "x" * 10**6 + r"\boxed{34}"),
         *("**Answer:** 34", "**Answer: 34**", "Answer: **34**", "### Answer: 34", "> Answer: 34"),
         *("Final Answer: 34", "**Final answer**: $34$.", "Answer: 34.", "Answer:\n34"),
+        "So it is.\r\n**Answer:**\r\n34\r\n",
         *("__Answer:__ _34_", "**Answer:**\n\n$$34$$", "Answer: the area is $34$ square units."),
         *("The answer is\n\\[\n34\n\\]", "The answer is: $34$", "Answer: \\(34\\)", r"\boxed {34}"),
     ],

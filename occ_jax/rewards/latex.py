@@ -28,11 +28,11 @@ _DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 # A line, and the lines that a displayed formula on it goes on for.
 _REST = r"((?:\$\$.+?\$\$|\\\[.+?\\\]|[^\n])+)"
 _ANSWER_LINE = re.compile(
-    r"^[ \t>#*_]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t*_]*:[ \t*_]*(?:\n\s*)?(?=\S)" + _REST,
+    r"^[ \t>#*_]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t*_]*:[ \t\r*_]*(?:\n\s*)?(?=\S)" + _REST,
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 _SENTENCE = re.compile(
-    r"\banswer(?:[ \t]+is|[ \t]*:)[ \t:*_]*(?:\n\s*)?(?=\S)" + _REST, re.IGNORECASE | re.DOTALL
+    r"\banswer(?:[ \t]+is|[ \t]*:)[ \t\r:*_]*(?:\n\s*)?(?=\S)" + _REST, re.IGNORECASE | re.DOTALL
 )
 _GAP = r"[^\S\n]*"
 _AND = rf"{_GAP}(?:[,;]|,?{_GAP}(?:\\text\s*\{{{_GAP})?\b(?:and|or)\b{_GAP}\}}?){_GAP}"
