@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from occ_jax.data.examples import Example, Prompt
 from occ_jax.errors import UserError
+from occ_jax.evaluation.command import evaluation_directory
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask, read_records
 from occ_jax.evaluation.report import (
@@ -53,6 +55,7 @@ def judge(part, tokens):
         given=[None if total % 3 == 0 else str(total) for total in flat.sum(-1).tolist()],
         failures=["timeout" if total % 5 == 0 else "" for total in flat.sum(-1).tolist()],
         seconds=0.1,
+        asked=len(flat),
     )
 
 
@@ -176,14 +179,47 @@ def test_what_is_no_file_of_records_is_refused_and_left_alone(tmp_path):
         ("hello\n", "line 1 is damaged"),
         ('{"a": 1}\n', "is no file of evaluation records"),
         ("\n".join([lines[0], lines[1][:50], *lines[2:]]), "line 2 is damaged"),
-        ("\n".join([lines[0], '{"id": "q0"}', *lines[2:]]), "line 2 is damaged"),
+        ("\n".join([lines[0], '{"id": "q0"}', *lines[2:]]), "line 2 is damaged: source is missing"),
+        ("[]\n", "line 1 is damaged: it is no JSON object"),
+        ("\n".join([lines[0], "[]", *lines[2:]]), "line 2 is damaged: it is no JSON object"),
+        ("\n".join([lines[0], lines[1] + "\udcff", *lines[2:]]), "line 2 is damaged: "),
+        ("\udcff\n", "line 1 is damaged: "),
+        ("\n".join([without(lines[0], "format"), *lines[1:]]), "is no file of evaluation records"),
+        ("\n".join([without(lines[0], "set"), *lines[1:]]), "line 1 is damaged: set is None"),
+        ("\n".join([without(lines[0], "num_questions"), ""]), "line 1 .* num_questions is None"),
+        *(
+            (
+                "\n".join([*lines[:2], without(lines[2], name), *lines[3:]]),
+                f"line 3 .*: {name} is mis",
+            )
+            for name in ("id", "answer", "scores", "given", "lengths", "failures", "figures")
+        ),
+        ("\n".join([*lines[:2], without(lines[2], "", x=1), ""]), "line 3 .*: x is no field"),
+        (
+            "\n".join([*lines[:2], without(lines[2], "", scores=["1", 0]), ""]),
+            r"scores is \['1', 0\]",
+        ),
+        ("\n".join([*lines[:2], without(lines[2], "", scores=[]), ""]), "scores holds 0 values"),
+        ("\n".join([*lines[:2], without(lines[2], "", lengths=[1]), ""]), "holds 1 values for 2"),
+        ("\n".join([*lines[:2], without(lines[2], "", figures=None), ""]), "figures is None"),
     ):
-        path.write_text(content)
-        for attempt in (lambda: run(path, questions(4)), lambda: read_records(path)):
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+        attempts = (
+            lambda: run(path, questions(4)),
+            lambda: read_records(path),
+            lambda: read_evaluation(tmp_path),
+        )
+        for attempt in attempts:
             with pytest.raises(UserError, match=said) as caught:
                 attempt()
             assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-        assert path.read_text() == content
+        assert path.read_bytes() == content.encode("utf-8", "surrogateescape")
+
+
+def without(line, name, **changed):
+    """A line of a file with a field taken out and others set."""
+    values = {key: value for key, value in json.loads(line).items() if key != name}
+    return json.dumps(values | changed)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
@@ -233,13 +269,48 @@ def test_a_changed_reward_file_is_another_verifier(tmp_path):
     assert verifier_identity("math_dapo") == "math_dapo"
 
 
+def test_so_is_a_changed_module(tmp_path, monkeypatch):
+    package = tmp_path / "own_rewards"
+    (package / "inner").mkdir(parents=True)
+    for file in (package / "__init__.py", package / "inner" / "__init__.py"):
+        file.write_text("raise AssertionError('imported')\n")
+    module = package / "inner" / "rules.py"
+    module.write_text("def score(*_): return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for content in ("def score(*_): return 0\n", "def score(*_): return 1\n"):
+        module.write_text(content)
+        found.append(verifier_identity("own_rewards.inner.rules:score"))
+    assert found[0].startswith("own_rewards.inner.rules:score ") and found[0] != found[1]
+    assert verifier_identity("own_rewards:score") != "own_rewards:score"
+    for name in ("own_rewards.none:score", "own_rewards.inner.rules.x:score", "sys:exit", "no:no"):
+        assert verifier_identity(name) == name
+
+
+def test_records_lie_beside_the_checkpoints_of_a_run_alone(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "models" / "mimo"
+    published = tmp_path / "published"
+    for directory in (run / "checkpoints" / "20", other):
+        (directory / "params").mkdir(parents=True)
+    published.mkdir()
+    (published / "config.json").write_text('{"model_type": "mimo"}')
+    expected = run / "evaluations" / "20"
+    assert evaluation_directory(run) == evaluation_directory(run / "checkpoints" / "20") == expected
+    assert evaluation_directory(other) == Path("evaluations/mimo")
+    assert evaluation_directory(published) == Path("evaluations/published")
+    monkeypatch.chdir(run / "checkpoints")
+    assert evaluation_directory(Path("20")) == expected
+
+
 # Figures.
 
 
 def test_figures_by_hand():
     records = [
         record("q0", [1, 1, 0, 0], lengths=[1, 2, 3, 4], figures={"agreed_1": 3, "drafted_1": 4}),
-        record("q1", [0, 0, 0, 0], truncated=[True] * 4, figures={"agreed_1": 0, "drafted_1": 4}),
+        record(
+            "q1", [0, 0, 0, 0], truncated=[True] * 4, figures={"agreed_1": 0, "drafted_1": 4}
+        )._replace(failures=["", "timeout", "", "death"]),
     ]
     figures = summarise(records)
     half = 1.959964 * math.sqrt(0.125) / math.sqrt(2)  # means 0.5 and 0: std sqrt(0.125)
@@ -252,6 +323,7 @@ def test_figures_by_hand():
             "val/maj@4": 0.25,  # a tie, and a miss
             "val/response_length/mean": 50 / 8,
             "val/response_length/clip_ratio": 0.5,
+            "val/verifier_failures": 2,
             "val/agreement_1": 3 / 8,
         },
         rel=1e-6,
@@ -302,6 +374,16 @@ def test_the_report_is_json_and_its_table_leaves_out_what_nobody_has():
         "50.0",
         "–",
     )
+
+
+def test_majorities_of_too_many_answers_are_refused_before_they_are_computed():
+    many = [record("q0", [1] * 1001)]
+    with pytest.raises(UserError, match=r"--k is 8 of 1,001 samples a question; .* \(--k 1001\)"):
+        per_question(many, [1001, 8])
+    assert per_question(many, [1001])["maj@1001"] == [1]
+    nameless = [many[0]._replace(given=[None] * 1001)]
+    assert per_question(nameless, [8])["pass@8"] == [1]
+    assert per_question([record("q0", [1] * 1000)], [8])["maj@8"] == [1]
 
 
 def test_more_answers_than_there_are_cannot_be_asked_of():

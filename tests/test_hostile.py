@@ -5,6 +5,7 @@ it. Some of each kind would stop an unprotected verifier for hours or take the p
 Right completions stand among them and must all be rewarded.
 """
 
+import os
 import random
 import time
 
@@ -25,7 +26,8 @@ def box(text):
 
 def wrap(rng, text):
     """An expression as a final answer, in one of the forms that are read."""
-    return rng.choice(["\\boxed{%s}", "$\\boxed{%s}$", "Answer: $%s$", "Answer: %s"]) % text
+    forms = ["\\boxed{%s}", "$\\boxed{%s}$", "Answer: $%s$", "Answer: %s", "**Answer:** %s."]
+    return rng.choice(forms) % text
 
 
 def words(rng):
@@ -49,8 +51,31 @@ def undecided(rng, answer):
         f"{answer} " * 50,
         f"It is {answer}. Answer: {other}",
         f"Answer: {answer}\nAnswer: {other}",
+        f"Answer: ${answer}$ or ${other}$",
+        f"Answer: ${other}$ or ${answer}$",
+        f"Answer: {other} or ${answer}$",
+        f"Answer: ${answer}$ or {other}",
+        f"Answer: x={other} or x={answer}",
+        f"**Answer:** {other}, {answer}.",
+        f"{box(other)} or {box(answer)}",
     ]
     return rng.choice(forms)
+
+
+def parts(rng, answer):
+    """Two numbers that make the answer when they are added, multiplied or written together."""
+    number = int(answer)
+    first, place = rng.randint(1, number - 1), rng.randint(1, len(answer) - 1)
+    divisor = next((d for d in rng.sample(range(2, 40), 38) if number % d == 0), None)
+    spaces = [" ", "  ", "\\;", "\\,", "\\quad ", "\\ ", "~", "\\!", "'", '"', "$", "\\$", "\n"]
+    spaces += ["\\text{}", "\\text{ }", "\\displaystyle ", "\\mathrm{th}", "points", "{,}"]
+    forms = [f"%s{rng.choice(spaces)}%s"] * 3
+    forms += ["{%s}{%s}", "%s{%s}", "{%s}%s", "\\text{%s}%s", "%s\\boxed{%s}"]
+    if divisor and divisor != number and rng.random() < 0.3:
+        return wrap(rng, rng.choice(forms) % (divisor, number // divisor))
+    forms += ["(%s)(%s)", "%s(%s)", "%s\\frac{%s}{1}", "\\frac{%s}{1}%s", "%s\\binom{%s}{1}"]
+    pair = rng.choice([(first, number - first), (answer[:place], answer[place:])])
+    return wrap(rng, rng.choice(forms) % pair)
 
 
 def near_miss(rng, answer):
@@ -138,9 +163,9 @@ def noise(rng, answer):
 
 # (kind, how many of ten thousand): those that are slow on purpose are few.
 KINDS = [
-    *((undecided, 1800), (near_miss, 1600), (many_boxes, 1000), (unbalanced, 1000)),
-    *((odd_characters, 900), (nested_boxes, 700), (nested_latex, 600), (repetitions, 600)),
-    *((programs, 500), (noise, 500), (large_collections, 400), (long_digits, 270)),
+    *((undecided, 1700), (near_miss, 1400), (parts, 900), (many_boxes, 700), (unbalanced, 1000)),
+    *((odd_characters, 900), (nested_boxes, 700), (nested_latex, 400), (repetitions, 600)),
+    *((programs, 500), (noise, 500), (large_collections, 300), (long_digits, 270)),
     *((megabyte, 100), (towers, 30)),
 ]
 
@@ -154,13 +179,16 @@ def hostile_completions(seed):
     return [(kind, kind(rng, answer), answer) for kind, answer in zip(kinds, answers, strict=True)]
 
 
-def right_completion(verifier, answer):
-    return {
-        "exact_match": answer,
-        "last_step": f"1>2>{answer}",
-        "math_dapo": f"It follows.\nAnswer: {answer}",
-        "math_verify": f"It follows that it is \\boxed{{{answer}}}.",
-    }[verifier]
+def right_completion(rng, verifier, answer):
+    lines = ["Answer: %s", "Answer: $%s$", "Answer: $x = %s$", "Answer: x = $%s$"]
+    forms = {
+        "exact_match": ["%s"],
+        "last_step": ["1>2>%s"],
+        "math_dapo": lines,
+        "math_verify": [*lines, "It is \\boxed{%s}.", "**Answer:** %s.", "The answer is $%s$."],
+    }
+    before = "" if verifier == "exact_match" else "It follows.\n"
+    return before + rng.choice(forms[verifier]) % answer
 
 
 def test_generation_is_repeatable():
@@ -182,7 +210,7 @@ def test_hostile_completions_neither_hang_nor_crash_nor_earn(capsys):
             right = sorted(rng.sample(range(COUNT + RIGHT), RIGHT))
             for place in right:
                 answer = str(rng.randint(100, 999))
-                items.insert(place, Item(verifier, right_completion(verifier, answer), answer))
+                items.insert(place, Item(verifier, right_completion(rng, verifier, answer), answer))
             judged = pool.judge(items)
             found = reward_metrics([judged])
             reports.append((verifier, found))
@@ -194,7 +222,8 @@ def test_hostile_completions_neither_hang_nor_crash_nor_earn(capsys):
             assert rewarded == set(right), f"{verifier} lost right completions"
             # Everything that is not a time-out is quick; a time-out costs a deadline and a start.
             bound = 60 + found["reward/timeouts"] * (DEADLINE + 2) / 2
-            assert judged.seconds < bound
+            crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others at work
+            assert judged.seconds < bound * crowd
             assert found["reward/timeouts"] + found["reward/deaths"] <= 60
     with capsys.disabled():
         print(f"\n{COUNT:,} hostile completions, {RIGHT} right ones, 2 workers, {DEADLINE} s each")

@@ -32,6 +32,7 @@ def score(completion, answer, record):
         case ["length"]: return len(answer)
         case ["record"]: return float(record["prompt"] == "p" and record["source"] == "s")
         case ["hang"]: sum(range(10**13))  # in C, deaf to signals
+        case ["deaf"]: signal.setitimer(signal.ITIMER_REAL, 0); sum(range(10**13))
         case ["sleep", text]: time.sleep(float(text)); return 1
         case ["exit"]: os._exit(3)
         case ["quit"]: sys.exit(3)
@@ -147,7 +148,41 @@ def test_only_the_completion_at_hand_is_lost(function, caplog):
         assert [metrics[f"reward/{kind}"] for kind in ("timeouts", "deaths", "errors")] == [1, 2, 8]
         assert pool.judge([Item(function, "value:5", "")] * 9).scores.tolist() == [5] * 9
     (line,) = [found.getMessage() for found in caplog.records]
-    assert line.startswith("8 of 211 verdicts failed, the first: ") and "\n" not in line
+    said = "11 of 211 verdicts failed (time-outs 1, deaths 2, errors 8), the first: "
+    assert line.startswith(said) and line.endswith(" on qhang") and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hang", "no verdict of 2 of 2: {} took longer than reward.deadline_s on q7"),
+        (
+            "exit",
+            "no verdict of 2 of 2: the process of {} ended, or was killed for its memory on q7",
+        ),
+    ],
+)
+def test_a_function_that_never_returns_ends_the_run(function, text, said):
+    record = {"id": "q7"}
+    with pool_of(function, "exact_match", deadline_s=0.3) as pool:
+        items = [Item(function, text, "", record), Item(function, text, "", record)]
+        with pytest.raises(UserError) as caught:
+            pool.judge([*items, Item("exact_match", "1", "1")])
+        assert str(caught.value) == said.format(function)
+        assert pool.judge([Item("exact_match", "1", "1")]).scores.tolist() == [1]
+
+
+def test_time_outs_and_deaths_are_told_of(function, caplog):
+    with pool_of(function, "math_verify", workers=1, deadline_s=0.5) as pool:
+        tower = Item("math_verify", r"\boxed{9^{9^{9^9}}}", "34", {"id": "q1"})
+        assert pool.judge([tower]).failures == ["timeout"], "no function of the user's: no end"
+        pool.judge([Item(function, "value:1", ""), Item(function, "kill", "")])
+    assert [found.getMessage() for found in caplog.records] == [
+        "1 of 1 verdicts failed (time-outs 1), the first: math_verify took longer than "
+        "reward.deadline_s on q1",
+        "1 of 2 verdicts failed (deaths 1), the first: the process of "
+        f"{function} ended, or was killed for its memory",
+    ]
 
 
 def test_hanging_workers_cost_a_deadline_each_and_hold_up_nobody(function):
@@ -167,7 +202,7 @@ def test_a_slow_verifier_within_its_deadline_is_awaited(function):
 
 def test_large_completions_pass_and_do_not_jam(function):
     huge = "x" * (64 * 2**20)
-    with pool_of(function, "exact_match") as pool:
+    with pool_of(function, "exact_match", deadline_s=3.0) as pool:
         items = [Item(function, huge, ""), Item("exact_match", huge, huge)]
         items += [Item("exact_match", "y" * 100_000, "y" * 100_000)] * 50
         items += [Item(function, "hang", ""), Item(function, huge, "")]
@@ -178,8 +213,8 @@ def test_large_completions_pass_and_do_not_jam(function):
 
 def test_what_hangs_is_killed_with_all_it_started(function, tmp_path):
     with pool_of(function, workers=1) as pool:
-        found = pool.judge([Item(function, f"spawn:{tmp_path / 'pid'}", "")])
-        assert found.failures == ["timeout"]
+        items = [Item(function, f"spawn:{tmp_path / 'pid'}", ""), Item(function, "value:1", "")]
+        assert pool.judge(items).failures == ["timeout", ""]
         child = int((tmp_path / "pid").read_text())
         wait_until(lambda: gone(child))
 
@@ -282,7 +317,8 @@ def test_a_function_that_always_fails_ends_the_run(function, text, said):
 
 
 def test_an_orphan_that_hangs_ends_by_itself(function, tmp_path):
-    """The pool's process is killed while a worker is deaf to everything but the kernel."""
+    """The pool's process is killed while a worker is deaf to all but the kernel, without a timer:
+    a function of the user's that limits its own time with one has none left."""
     script = tmp_path / "parent.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -294,7 +330,7 @@ def test_an_orphan_that_hangs_ends_by_itself(function, tmp_path):
         pool = VerifierPool([{function!r}], RewardConfig(workers=1, deadline_s=0.5))
         print(int(pool.judge([Item({function!r}, "pid", "")]).scores[0]), flush=True)
         pool._config = RewardConfig(workers=1, deadline_s=1000.0)  # this side waits
-        pool.judge([Item({function!r}, "hang", "")])
+        pool.judge([Item({function!r}, "deaf", "")])
         """)
     )
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
@@ -304,7 +340,7 @@ def test_an_orphan_that_hangs_ends_by_itself(function, tmp_path):
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    wait_until(lambda: gone(worker), seconds=15)  # 2 deadlines and 5 seconds
+    wait_until(lambda: gone(worker), seconds=5)
 
 
 def test_a_script_without_a_main_guard_can_use_the_pool(tmp_path):
@@ -349,6 +385,19 @@ def test_truncated_completions_are_wrong_unless_judged(function):
     with open_pool(config) as pool:
         scores, _ = judge_completions(pool, config, DIGITS, [example], rows)
     assert scores.tolist() == [[3, 3 + 2 * len("<pad>"), 5]]
+
+
+def test_throughput_counts_what_verifiers_were_asked_about():
+    config = Config(task=TaskConfig("reverse_digits", digits=3), reward=RewardConfig(workers=1))
+    example = Example("123=", "321", "reverse_digits", "0")
+    ended, cut = [*DIGITS.encode("321"), 1], [*DIGITS.encode("321"), 0]
+    with open_pool(config) as pool:
+        _, judged = judge_completions(
+            pool, config, DIGITS, [example], np.array([[ended, cut, cut]])
+        )
+    assert (judged.asked, len(judged.failures)) == (1, 3)
+    found = reward_metrics([judged._replace(seconds=0.5)] * 2)
+    assert found["perf/reward_throughput"] == 2
 
 
 def test_a_source_that_is_not_there_is_refused():

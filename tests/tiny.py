@@ -44,7 +44,7 @@ def verifier_saying(
         scores = scores_of(completions)
         count = scores.size
         flat = scores.reshape(-1).astype(np.float32)
-        return scores, Judged(flat, [None] * count, [""] * count, after())
+        return scores, Judged(flat, [None] * count, [""] * count, after(), count)
 
     return judge
 

@@ -38,11 +38,16 @@ _NOT_SAMPLING = {"num_prompts", "group_size", "old_log_probs", "dynamic_sampling
 
 
 def evaluation_directory(checkpoint: Path) -> Path:
-    """Where the records of a checkpoint's evaluation go unless told otherwise."""
-    if is_pretrained(checkpoint):
-        return Path("evaluations") / checkpoint.resolve().name
-    found = find_checkpoint(checkpoint)
-    return found.parent.parent / "evaluations" / found.name
+    """Where the records of a checkpoint's evaluation go unless told otherwise.
+
+    Beside the checkpoints of a run, which lie in RUN/checkpoints/STEP; else where the command runs.
+    """
+    if not is_pretrained(checkpoint):
+        found = find_checkpoint(checkpoint)
+        for place in (found, found.resolve()):
+            if place.parent.name == "checkpoints":
+                return place.parent.parent / "evaluations" / place.name
+    return Path("evaluations") / checkpoint.resolve().name
 
 
 def run_evaluation(

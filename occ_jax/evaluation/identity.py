@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import jax
@@ -48,8 +49,29 @@ def _weighted_bits(leaves: Sequence[Array]) -> UInt32[Array, "L 2"]:
 
 
 def verifier_identity(name: str) -> str:
-    """A verifier's name; with a digest of the file where it is a function of the user's file."""
-    path = Path(name.rpartition(":")[0])
-    if path.suffix != ".py":
+    """A verifier's name; with a digest of the file that holds it where it is a function of yours.
+
+    What that file imports is not in it, nor is a module without a file, such as a compiled one
+    inside an archive. Nothing is imported: code of yours runs in the verifiers' processes alone.
+    """
+    where, separator, _ = name.rpartition(":")
+    if not separator:
+        return name
+    path = Path(where) if where.endswith(".py") else _file_of(where)
+    if path is None:
         return name
     return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def _file_of(module: str) -> Path | None:
+    """Where `import` would find a module by the path; None where it is in no file there."""
+    name, places = "", None
+    for part in module.split("."):
+        if name and places is None:
+            return None
+        name = f"{name}.{part}" if name else part
+        found = PathFinder.find_spec(name, places)
+        if found is None:
+            return None
+        origin, places = found.origin, found.submodule_search_locations
+    return Path(origin) if origin is not None and Path(origin).is_file() else None

@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from occ_jax.data.examples import Prompt
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 from occ_jax.rewards.pool import Judged
 
 _FORMAT = "occ_jax evaluation, version 1"
@@ -175,20 +176,61 @@ def _record(prompt: Prompt, answer: Sampled, judged: Judged, place: int, keep: b
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     """All whole lines; one that a kill cut short can only be the last."""
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
-    values: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values.append(json.loads(line))
-            if number > 1:
-                Record(**values[-1])
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} line {number} is damaged: {error}") from error
-    if not values or values[0].get("format") != _FORMAT:
-        if not values and not rest:
-            raise UserError(f"{path} is empty")
+    *lines, rest = path.read_bytes().split(b"\n")
+    if not lines:
+        raise UserError(f"{path} is {'no file of evaluation records' if rest else 'empty'}")
+    header, *values = (_value(path, number, line) for number, line in enumerate(lines, start=1))
+    if header.get("format") != _FORMAT:
         raise UserError(f"{path} is no file of evaluation records")
-    return values[0], [Record(**value) for value in values[1:]]
+    for name, kind in {"set": str, "num_questions": int, "samples": int}.items():
+        if not isinstance(header.get(name), kind):
+            raise UserError(f"{path} line 1 is damaged: {name} is {header.get(name)!r}")
+    for number, value in enumerate(values, start=2):
+        if wrong := _wrong(value):
+            raise UserError(f"{path} line {number} is damaged: {wrong}")
+    return header, [Record(**value) for value in values]
+
+
+def _value(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} line {number} is damaged: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} line {number} is damaged: it is no JSON object")
+    return value
+
+
+_NUMBER = (int, float)
+# The kind of each field, and of its elements where it holds n of them.
+_FIELDS: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("id", "source", "answer"), (str, None)),
+    "scores": (list, _NUMBER),
+    "given": (list, (str, NoneType)),
+    "lengths": (list, int),
+    "truncated": (list, bool),
+    "failures": (list, str),
+    "figures": (dict, _NUMBER),
+    "completions": ((list, NoneType), str),
+}
+
+
+def _wrong(value: dict[str, Any]) -> str:
+    """What keeps a line from being a record; empty where nothing does."""
+    if unknown := [name for name in value if name not in _FIELDS]:
+        return f"{unknown[0]} is no field of a record"
+    for name, (kind, element) in _FIELDS.items():
+        if name not in value and name not in Record._field_defaults:
+            return f"{name} is missing"
+        found: Any = value.get(name)
+        elements: Any = found.values() if isinstance(found, dict) else found or ()
+        if not isinstance(found, kind) or (
+            element is not None and not all(isinstance(x, element) for x in elements)
+        ):
+            return f"{name} is {repr(found)[:80]}"
+        if isinstance(found, list) and (not found or len(found) != len(value["scores"])):
+            return f"{name} holds {len(found)} values for {len(value['scores'])} answers"
+    return ""
 
 
 def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from occ_jax.errors import UserError
 from occ_jax.evaluation.records import Record, read_records
 from occ_jax.evaluation.statistics import (
+    MOST_ANSWERS,
     Interval,
     interval,
     majority_at_k,
@@ -39,7 +40,8 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     """What a run logs of one evaluation, under "val/".
 
     avg@n with its 95% interval clustered by question, pass@n and maj@n of all n answers, lengths,
-    the exact objective and the modules' agreement where there are such.
+    completions that the verifier failed on, the exact objective and the modules' agreement where
+    there are such.
     """
     samples = len(records[0].scores)
     measures = per_question(records, [samples])
@@ -52,6 +54,8 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     figures["val/accuracy"] = figures[f"val/avg@{samples}"]
     figures["val/response_length/mean"] = float(np.mean([r.lengths for r in records]))
     figures["val/response_length/clip_ratio"] = float(np.mean([r.truncated for r in records]))
+    failed = sum(failure != "" for record in records for failure in record.failures)
+    figures["val/verifier_failures"] = float(failed)
     for k, value in enumerate(_agreement(records)):
         figures[f"val/agreement_{k + 1}"] = value
     return figures
@@ -64,7 +68,7 @@ def per_question(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.n
     records do not give. An answer is right in pass@k where its score is 1 or more.
 
     Raises:
-        UserError: questions differ in their number of answers, or a k exceeds it.
+        UserError: questions differ in their number of answers, or a k is not to be had of it.
     """
     samples = len(records[0].scores)
     for record in records:
@@ -73,20 +77,41 @@ def per_question(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.n
                 f"question {record.id} of {record.source} has {len(record.scores)} answers, "
                 f"others {samples}"
             )
-    for k in ks:
-        if k > samples:
-            raise UserError(f"--k is {k}; it must be at most the {samples} answers a question has")
+    voted = any(given is not None for record in records for given in record.given)
+    require_ks(ks, samples, majorities=voted)
     scores = np.array([record.scores for record in records], float)
     measures = {f"avg@{samples}": scores.mean(axis=1)}
     right = (scores >= 1).sum(axis=1)
     measures |= {f"pass@{k}": pass_at_k(right, samples, k) for k in ks}
-    if any(given is not None for record in records for given in record.given):
+    if voted:
         for k in ks:
             won = [majority_at_k(record.given, record.scores, k) for record in records]
             measures[f"maj@{k}"] = np.array(won)
     if all("objective" in record.figures for record in records):
         measures["objective"] = np.array([record.figures["objective"] for record in records])
     return measures
+
+
+def require_ks(ks: Sequence[int], samples: int, *, majorities: bool) -> None:
+    """Refuses a k that n answers a question give no figure for.
+
+    Args:
+        ks: of pass@k and maj@k.
+        samples: n.
+        majorities: whether maj@k is wanted too: a verifier that names the answers it reads, any but
+            a function of the user's own, gives it.
+
+    Raises:
+        UserError: a k exceeds n, or maj@k of so many answers cannot be computed.
+    """
+    for k in ks:
+        if k > samples:
+            raise UserError(f"--k is {k}; it must be at most the {samples} answers a question has")
+        if majorities and k < samples and samples > MOST_ANSWERS:
+            raise UserError(
+                f"--k is {k} of {samples:,} samples a question; maj@k is computed from at most "
+                f"{MOST_ANSWERS:,} samples, or of all of them (--k {samples})"
+            )
 
 
 def figures_of(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 _Z = 1.959963984540054  # 97.5% of a normal distribution lies below
-_MOST_ANSWERS = 1000  # to a question; binomial coefficients of more overflow
+MOST_ANSWERS = 1000  # to a question, for maj@k of k < n; binomial coefficients of more overflow
 
 
 class Interval(NamedTuple):
@@ -80,7 +80,8 @@ def majority_at_k(given: Sequence[str | None], scores: Sequence[int | float], k:
         k: 1 to n.
 
     Raises:
-        ValueError: k is out of range, or `given` and `scores` differ in length.
+        ValueError: k is out of range, n exceeds `MOST_ANSWERS` while k < n, or `given` and `scores`
+            differ in length.
 
     Example:
         >>> majority_at_k(["34", "34", "12"], [1, 1, 0], k=3)
@@ -103,8 +104,8 @@ def majority_at_k(given: Sequence[str | None], scores: Sequence[int | float], k:
         most = max(counts, default=0)
         winners = [value for value, count in zip(values, counts, strict=True) if count == most]
         return sum(winners) / len(winners) if winners else 0.0
-    if n > _MOST_ANSWERS:
-        raise ValueError(f"{n} answers; allowed with k < n: up to {_MOST_ANSWERS}")
+    if n > MOST_ANSWERS:
+        raise ValueError(f"{n} answers; allowed with k < n: up to {MOST_ANSWERS}")
     total = 0.0
     for index, value in enumerate(values):
         if value != 0:

@@ -49,6 +49,11 @@ _START = (
     "import json, sys; path, settings = json.loads(sys.argv[1]); sys.path[:] = path; "
     "from occ_jax.rewards.worker import Settings, main; main(Settings(*settings))"
 )
+_PLURAL = {"timeout": "time-outs", "death": "deaths", "error": "errors"}
+_HOW = {
+    "timeout": "{} took longer than reward.deadline_s",
+    "death": "the process of {} ended, or was killed for its memory",
+}
 _LOG = logging.getLogger("occ_jax.rewards")
 
 
@@ -68,12 +73,14 @@ class Judged(NamedTuple):
     given: list[str | None]  # normalised answers; None where there is none
     failures: list[str]  # "timeout", "death" or "error" where the verifier failed, else ""
     seconds: float  # that judging took
+    asked: int  # of the N, those that verifiers were asked about; the others score 0 unseen
 
 
 class VerifierPool:
     """Worker processes that live as long as a run; a context manager.
 
-    Not for several threads at a time.
+    Not for several threads at a time. Linux ends a worker with the thread that started it, so the
+    thread that makes a pool should live as long.
 
     Example:
         >>> with VerifierPool(["exact_match"], RewardConfig(workers=1)) as pool:
@@ -119,10 +126,15 @@ class VerifierPool:
         self._stop()
 
     def judge(self, items: Sequence[Item]) -> Judged:
-        """Judges a batch; returns within items / workers deadlines, whatever the items are.
+        """Judges a batch; whatever the items are, it returns.
+
+        The worst are items of which each takes a worker with it: every one costs a deadline and the
+        start of a replacement (0.4 s with math-verify, what a user's function imports, a minute at
+        most), items / workers times.
 
         Raises:
-            UserError: a function of the user fails on every item it was asked for.
+            UserError: a function of the user fails on every item it was asked for, by an error, its
+                process's death or the deadline.
         """
         started = time.monotonic()
         waiting = collections.deque(range(len(items)))
@@ -140,13 +152,14 @@ class VerifierPool:
             _stop_all(self._selector, self._workers, for_good=False)
             raise
         seconds = time.monotonic() - started
-        _report_errors(items, results)
+        _report_failures(items, results)
         ordered = [results[index] for index in range(len(items))]
         return Judged(
             scores=np.array([result.score for result in ordered], np.float32),
             given=[result.given for result in ordered],
-            failures=[result.failure or ("error" if result.error else "") for result in ordered],
+            failures=[result.failed for result in ordered],
             seconds=seconds,
+            asked=len(items),
         )
 
     def _refill(self) -> None:
@@ -215,13 +228,19 @@ class _Result(NamedTuple):
     error: str | None
     failure: str = ""
 
+    @property
+    def failed(self) -> str:
+        """The kind of failure, empty where there is a verdict."""
+        return self.failure or ("error" if self.error is not None else "")
+
 
 class _Worker:
     """One process and the socket to it."""
 
     def __init__(self, verifiers: tuple[str, ...], config: RewardConfig) -> None:
         self.socket, theirs = socket.socketpair()
-        settings = (theirs.fileno(), verifiers, config.deadline_s, config.memory_mib * 2**20)
+        memory = config.memory_mib * 2**20
+        settings = (theirs.fileno(), os.getpid(), verifiers, config.deadline_s, memory)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, json.dumps([sys.path, settings])],
@@ -336,20 +355,24 @@ def _chunk(
     return indices, pickle.dumps(packed)
 
 
-def _report_errors(items: Sequence[Item], results: dict[int, _Result]) -> None:
-    """A line about errors; where a user's function does nothing else, the end."""
+def _report_failures(items: Sequence[Item], results: Mapping[int, _Result]) -> None:
+    """A line a verifier about its failures; where a user's function does nothing else, the end."""
     asked: collections.Counter[str] = collections.Counter(item.verifier for item in items)
     failed: dict[str, list[int]] = {}
     for index, item in enumerate(items):
-        if results[index].error is not None:
+        if results[index].failed:
             failed.setdefault(item.verifier, []).append(index)
     for verifier, indices in failed.items():
+        kinds = collections.Counter(results[index].failed for index in indices)
         first = items[indices[0]]
         where = f" on {first.record['id']}" if "id" in first.record else ""
-        text = f"{results[indices[0]].error}{where}"
+        result = results[indices[0]]
+        text = (result.error or _HOW[result.failure].format(verifier)) + where
+        many = f"{len(indices)} of {asked[verifier]}"
         if ":" in verifier and len(indices) == asked[verifier]:
-            raise UserError(text)
-        _LOG.warning("%d of %d verdicts failed, the first: %s", len(indices), len(items), text)
+            raise UserError(f"no verdict of {many}: {text}" if len(indices) > 1 else text)
+        told = ", ".join(f"{name} {kinds[kind]}" for kind, name in _PLURAL.items() if kinds[kind])
+        _LOG.warning("%s verdicts failed (%s), the first: %s", many, told, text)
 
 
 def reward_metrics(
@@ -363,9 +386,10 @@ def reward_metrics(
             the same time: of their seconds the most counts, of the rest the sum.
     """
     seconds = sum(judged.seconds for judged in batches)
+    asked = sum(judged.asked for judged in batches)
     counts = collections.Counter(failure for judged in batches for failure in judged.failures)
     kinds = ("timeout", "death", "error")
-    figures = gather(np.array([[seconds, counts.total(), *(counts[kind] for kind in kinds)]]))
+    figures = gather(np.array([[seconds, asked, *(counts[kind] for kind in kinds)]]))
     seconds = float(figures[:, 0].max())
     items, timeouts, deaths, errors = figures[:, 1:].sum(axis=0).tolist()
     return {

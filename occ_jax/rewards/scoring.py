@@ -97,7 +97,8 @@ def judge_completions(
             judged_rows.append(row)
             items.append(Item(verifier, tokenizer.decode(given), example.answer, _told(example)))
     found = pool.judge(items)
-    judged = Judged(np.zeros(count, np.float32), [None] * count, [""] * count, found.seconds)
+    unseen = np.zeros(count, np.float32), [None] * count, [""] * count
+    judged = Judged(*unseen, seconds=found.seconds, asked=found.asked)
     for place, row in enumerate(judged_rows):
         judged.scores[row] = found.scores[place]
         judged.given[row], judged.failures[row] = found.given[place], found.failures[place]

@@ -1,9 +1,9 @@
 """Mathematical equality by math-verify, in the settings its authors recommend for rewards.
 
-Owns what of a completion is read and how exactly numbers are compared; parsing and equality are the
-library's. Imported by the verifier processes alone: it loads SymPy, and hostile formulas (towers of
-exponents, factorials, deep nests) make the library hang or fill the memory, so call it through
-`occ_jax.rewards.pool`.
+Owns how exactly numbers are compared; what of a completion is read is `occ_jax.rewards.latex`'s,
+parsing and equality are the library's. Imported by the verifier processes alone: it loads SymPy,
+and hostile formulas (towers of exponents, factorials, deep nests) make the library hang or fill the
+memory, so call it through `occ_jax.rewards.pool`.
 
 Source: math-verify 0.9.0, https://github.com/huggingface/Math-Verify, "What setting I should use".
 """
@@ -13,52 +13,42 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import math_verify as library
 from latex2sympy2_extended import NormalizationConfig
 from sympy import MatrixBase, Number
 
+from occ_jax.rewards.latex import final_answer, from_formulas, in_base, readable
 from occ_jax.rewards.verifiers import READS, Verdict, shortened
 
 # Every call runs under the pool's deadline. The library's own is a signal, which does not stop all
 # that hangs, and it warns when it is switched off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-_STRICT = NormalizationConfig(
-    basic_latex=True,
-    units=True,
-    malformed_operators=False,
-    nits=False,
-    boxed="all",
-    equations=False,
+# The answer is found and made unambiguous before the library sees it, so it reads a box; the right
+# answer is read in the same way, or one that repeats it would not always equal it.
+_BOXED = library.LatexExtractionConfig(
+    boxed_match_priority=0,
+    normalization_config=NormalizationConfig(
+        basic_latex=True,
+        units=True,
+        malformed_operators=False,
+        nits=False,
+        boxed="all",
+        equations=False,
+    ),
 )
-# An answer stands in a box or after "answer is" or "answer:", in LaTeX. Plain numbers and formulas
-# in passing are no answers: with those, "I think 12 then 34" would answer 34.
-_ANCHORED = library.LatexExtractionConfig(
-    boxed_match_priority=0, normalization_config=_STRICT, try_extract_without_anchor=False
-)
-_ANYWHERE = library.LatexExtractionConfig(boxed_match_priority=0, normalization_config=_STRICT)
-# Publishers write \frac43 and \sqrt2.
-_LENIENT = library.LatexExtractionConfig(boxed_match_priority=0)
-
-_FORMULA = re.compile(
-    r"\$[^$]+\$|\$\$[^$]+\$\$|\\\((?:(?!\\[()]).)+\\\)|\\\[(?:(?!\\[\[\]]).)+\\\]"
-)
-_ANSWER_LINE = re.compile(r"^[ \t]*answer[ \t]*:[ \t]*(\S[^\n]*)$", re.IGNORECASE | re.MULTILINE)
-_LATEX = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)")
 
 
 def math_verify(completion: str, answer: str) -> Verdict:
     r"""Right where the completion's final answer equals the answer as mathematics.
 
-    The final answer is the last \boxed{...} among the final 2,000 characters, or what follows on a
-    later line that begins with "Answer:", or else LaTeX after "answer is" or "answer:". A
-    completion that is nothing but one formula in LaTeX's delimiters answers it. An answer that does
-    not parse is wrong, whatever stands before it.
+    The final answer is what `occ_jax.rewards.latex.final_answer` finds among the final 2,000
+    characters: a last line "Answer: ...", the last \boxed{...}, or formulas after "answer is". An
+    answer that does not parse is wrong, whatever stands before it. A number in a base (`4343_6`) is
+    right where its digits and base are the answer's.
 
     Both sides are compared by the library with the answer as gold. Its tolerances are absolute (6
     decimals, 15 digits), under which all small numbers are equal; where the answer is smaller than
@@ -69,49 +59,57 @@ def math_verify(completion: str, answer: str) -> Verdict:
         1.0
         >>> math_verify("I think 12 then 34", "34")
         Verdict(score=0.0, given=None)
-        >>> math_verify(r"\boxed{5 \times 10^{-19}}", "1.6e-19").score
+        >>> math_verify(r"\boxed{20\,14}", "34").score  # 1.0 by the library: it adds the two
         0.0
     """
-    found = _parse(*_final_answer(completion[-READS["math_verify"] :]))
-    if not found:
+    given = final_answer(completion[-READS["math_verify"] :])
+    if not given:
         return Verdict(0.0, None)
-    gold, places, digits = _gold(answer)
+    right = from_formulas(answer.strip(), plain=True) or answer
+    if in_base(given) or in_base(right):
+        name = "_".join(in_base(given) or (given,))
+        return Verdict(float(in_base(given) == in_base(right)), shortened(name))
+    found, gold = _parse(given), _gold(right)
+    if given == right:
+        return Verdict(1.0, shortened(_canonical(found or [given])))
+    if not found or not gold.parsed:
+        return Verdict(0.0, shortened(_canonical(found)) if found else None)
     equal = library.verify(
-        gold, found, float_rounding=places, numeric_precision=digits, timeout_seconds=0
+        gold.parsed,
+        found,
+        float_rounding=gold.places,
+        numeric_precision=gold.digits,
+        timeout_seconds=0,
     )
     return Verdict(float(equal), shortened(_canonical(found)))
 
 
-def _final_answer(text: str) -> tuple[str, library.LatexExtractionConfig]:
-    """What the library shall read, and where in it an answer may stand."""
-    box = text.rfind("\\boxed")
-    lines = list(_ANSWER_LINE.finditer(text))
-    if lines and lines[-1].start() > box:
-        answer = lines[-1][1].rstrip()
-        return f"Answer: {answer}" if _LATEX.search(answer) else f"\\boxed{{{answer}}}", _ANCHORED
-    if box >= 0 and text[box:].count("{") > text[box:].count("}"):
-        return "", _ANCHORED  # the library would take the box before the one that does not close
-    return text, _ANYWHERE if _FORMULA.fullmatch(text.strip()) else _ANCHORED
+class _Gold(NamedTuple):
+    """A right answer, and the decimals and digits that comparisons with it need."""
+
+    parsed: list[Any]
+    places: int
+    digits: int
 
 
-def _parse(text: str, extraction: library.LatexExtractionConfig) -> list[Any]:
+def _parse(answer: str) -> list[Any]:
     """The parsed expression and its LaTeX; the LaTeX alone where it is no expression; or nothing.
 
     The first match only: the library would go on to earlier answers where the last does not parse.
     """
-    return library.parse(text, [extraction], extraction_mode="first_match", parsing_timeout=0)
+    latex = readable(answer)
+    if latex is None:
+        return []
+    return library.parse(
+        f"\\boxed{{{latex}}}", [_BOXED], extraction_mode="first_match", parsing_timeout=0
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _gold(answer: str) -> tuple[list[Any], int, int]:
-    """The parsed answer, and the decimals and digits that comparisons with it need."""
-    scientific = _SCIENTIFIC.fullmatch(answer.strip())
-    if scientific:  # read as LaTeX, 1.6e-19 is 1.6 times Euler's number, minus 19
-        answer = rf"{scientific[1]} \times 10^{{{int(scientific[2])}}}"
-    text = answer if _LATEX.search(answer) else rf"\boxed{{{answer}}}"
-    gold = _parse(text, _LENIENT)
-    zeros = max(0, -math.floor(math.log10(_smallest(gold[:1]))))
-    return gold, max(6, zeros + 2), max(15, zeros + 12)
+def _gold(answer: str) -> _Gold:
+    parsed = _parse(answer)
+    zeros = max(0, -math.floor(math.log10(_smallest(parsed[:1]))))
+    return _Gold(parsed, max(6, zeros + 2), max(15, zeros + 12))
 
 
 def _smallest(gold: list[Any]) -> float:

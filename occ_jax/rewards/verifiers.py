@@ -12,6 +12,8 @@ import hashlib
 import re
 from typing import NamedTuple
 
+from occ_jax.rewards.latex import joined
+
 _LONGEST_GIVEN = 256  # characters of an answer that is kept as it is
 
 # The characters at the end of a completion that are read; whole ones by the others. The rule of
@@ -41,6 +43,14 @@ _REWRITTEN = (
     (re.compile(r"frac([^{])(.)"), r"frac{\1}{\2}"),
     (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),
 )
+
+
+# Of a line that gives one answer.
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_BEFORE_DOLLARS = re.compile(r"\s*(?:\\?[A-Za-z](?:[A-Za-z_(){}+*\-\s]*[^\s])?\s*=\s*)?")
+_AFTER_DOLLARS = re.compile(r"[\s.]*")
+_LIST = re.compile(r"[,;]|\b(?:or|and)\b")
+_DIGITS = re.compile(r"\d+")
 
 
 class Verdict(NamedTuple):
@@ -81,10 +91,18 @@ def math_dapo(completion: str, answer: str) -> Verdict:
     "=", without units, dollars, spaces, \text and \boxed) and compared as strings. So `34`, `$34$`,
     `\boxed{34}` and `x=34` answer 34; `34.`, `34.0`, `034` and `**Answer:** 34` do not.
 
+    One departure: the published rule keeps what stands between the first two dollars or after the
+    last "=" of a line that gives several answers, and drops what stands between digits. Here such a
+    line is wrong: one with more than a pair of dollars, or anything but `x=`, units and a full stop
+    beside them; one with a list before its last "="; and one whose digits were apart, unless in
+    well-formed groups of three.
+
     Example:
         >>> math_dapo("The sum is 34.\nAnswer: $x=34$", "34")
         Verdict(score=1.0, given='34')
         >>> math_dapo("The sum is 34.", "34")
+        Verdict(score=0.0, given=None)
+        >>> math_dapo("Answer: 12 or $34$", "34")  # 1.0 as published
         Verdict(score=0.0, given=None)
 
     Source: DAPO, arXiv 2503.14476; the normalisation is Minerva's, arXiv 2206.14858, appendix D.1.
@@ -93,7 +111,28 @@ def math_dapo(completion: str, answer: str) -> Verdict:
     if not found:
         return Verdict(0.0, None)
     given = _normalised(found[-1])
+    if not _is_one_answer(found[-1], given, answer):
+        return Verdict(0.0, None)
     return Verdict(float(given == _normalised(answer)), shortened(given))
+
+
+def _is_one_answer(line: str, given: str, answer: str) -> bool:
+    """Whether the line gives one answer, of which `given` is the normalised form."""
+    parts = _DOLLAR.split(line)
+    if len(parts) > 3:
+        return False
+    if len(parts) == 3:
+        after = parts[2]
+        for word in _DROPPED:
+            after = after.replace(word, "")
+        if not (_BEFORE_DOLLARS.fullmatch(parts[0]) and _AFTER_DOLLARS.fullmatch(after)):
+            return False
+    if _LIST.search(line.rpartition("=")[0]):
+        return False
+    runs = _DIGITS.findall(joined(line, commas=True))
+    if runs == _DIGITS.findall(joined(answer, commas=True)):
+        return True
+    return all(any(run in whole for whole in runs) for run in _DIGITS.findall(given))
 
 
 def _normalised(text: str) -> str:

@@ -12,12 +12,15 @@ their length, 8 bytes:
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import pickle
 import resource
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from occ_jax.errors import UserError
 from occ_jax.rewards import user, verifiers
 from occ_jax.rewards.verifiers import Verdict
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LENGTH = struct.Struct("!Q")
 Judge = Callable[[str, str, Mapping[str, Any]], Verdict]
 
@@ -33,6 +37,7 @@ class Settings(NamedTuple):
     """What a worker is started with."""
 
     descriptor: int  # of its end of the socket
+    parent: int  # the pool's process
     verifiers: tuple[str, ...]
     deadline: float  # seconds for one item
     memory: int  # bytes
@@ -40,6 +45,7 @@ class Settings(NamedTuple):
 
 def main(settings: Settings) -> None:
     """Judges until the other end of the socket is closed."""
+    grace = 0.0 if _ends_with(settings.parent) else 2 * settings.deadline + 5
     _limit(resource.RLIMIT_CORE, 0)
     # Not the address space, of which libraries reserve far more than they use.
     _limit(resource.RLIMIT_DATA, settings.memory)
@@ -50,14 +56,28 @@ def main(settings: Settings) -> None:
             _send(connection, ("refused", str(error)))
             return
         _send(connection, ("ready", None))
-        # Should the pool's process be killed, nobody is left to end a worker that hangs. The kernel
-        # does: this signal is not caught, so it needs no help of an interpreter that is stuck.
-        grace = 2 * settings.deadline + 5
         while (items := _receive(connection)) is not None:
             for item in items:
-                signal.setitimer(signal.ITIMER_REAL, grace)
+                if grace:
+                    signal.setitimer(signal.ITIMER_REAL, grace)
                 _send(connection, _judged(judges, item))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if grace:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ends_with(parent: int) -> bool:
+    """Asks the kernel to kill this process when its parent ends; False where it does not know how.
+
+    Should the pool's process be killed, nobody is left to end a worker that hangs, and one that is
+    stuck in C runs no handler. Linux has this for it. Elsewhere a timer does, whose signal is not
+    caught either, but which a user's function cancels that sets a timer of its own.
+    """
+    if sys.platform != "linux":
+        return False
+    asked = ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
+    return asked
 
 
 def _load(name: str) -> Judge:
