@@ -105,7 +105,15 @@ def get_config() -> Config:
             # One group of 16 rows at a time, 2 rows on each of the 8 places that rows lie over.
             micro_batches=32,
         ),
-        mtp=MTPConfig(regime="occ", estimator="log_prob"),
+        mtp=MTPConfig(
+            regime="occ",
+            estimator="log_prob",
+            # Ours, where the paper has neither: c and v² are averaged over updates, as the proxy is
+            # 0 in the first after a rollout; and the module trains on cross-entropy, as λ times the
+            # policy loss, which it gets there, starves it.
+            decay=0.9,
+            head_loss="ce",
+        ),
         optimizer=OptimizerConfig(
             learning_rate=1e-6,
             # The paper's 10 warm-up steps are rollouts, as its trainer (verl) advances the
@@ -122,6 +130,8 @@ def get_config() -> Config:
             # 1,546 questions x 32 completions are as much sampling as 24 steps.
             evaluate_every=50,
             evaluation_prompts=1000,
+            # At training's temperature; the released code validates with top_p 0.7, which the
+            # sampler does not have.
             evaluation_samples=32,
             checkpoint_every=20,
         ),

@@ -226,8 +226,8 @@ def find_checkpoint(path: Path) -> Path:
     ]
     if not complete:
         raise UserError(
-            f"no complete checkpoint at {path}; give a run directory or one of its "
-            "checkpoints/<step>"
+            f"no complete checkpoint at {path}; give a run directory, one of its "
+            "checkpoints/<step>, or a Hugging Face directory"
         )
     return max(complete, key=lambda entry: int(entry.name))
 

@@ -18,14 +18,14 @@ def require_positive(section: str, config: object, *names: str) -> None:
     """Raises UserError unless all named fields are positive and finite."""
     for name in names:
         value = getattr(config, name)
-        require(value > 0 and math.isfinite(value), f"{section}.{name}", value, "positive")
+        require(_is_number(value) and value > 0, f"{section}.{name}", value, "positive")
 
 
 def require_not_negative(section: str, config: object, *names: str) -> None:
     """Raises UserError unless all named fields are 0 or more and finite."""
     for name in names:
         value = getattr(config, name)
-        require(value >= 0 and math.isfinite(value), f"{section}.{name}", value, "0 or more")
+        require(_is_number(value) and value >= 0, f"{section}.{name}", value, "0 or more")
 
 
 def require_choice(section: str, config: object, name: str, choices: object) -> None:
@@ -33,3 +33,8 @@ def require_choice(section: str, config: object, name: str, choices: object) -> 
     allowed = typing.get_args(choices)
     value = getattr(config, name)
     require(value in allowed, f"{section}.{name}", value, f"one of {', '.join(allowed)}")
+
+
+def _is_number(value: object) -> bool:
+    """A finite one; a config file may say anything."""
+    return isinstance(value, int | float) and math.isfinite(value)

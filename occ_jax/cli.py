@@ -9,19 +9,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import io
+import math
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from occ_jax import distributed
 from occ_jax.config import Config, differences
 from occ_jax.data.answers import KINDS
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, one_line
 from occ_jax.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -84,10 +87,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise UserError(f"no config file {path}")
-    get_config = runpy.run_path(path).get("get_config")
+    with _errors_of(path):
+        get_config = runpy.run_path(path).get("get_config")
     if not callable(get_config):
         raise UserError(f"{path} defines no function get_config()")
-    config = get_config()
+    with _errors_of(path):
+        config = get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} returns no occ_jax.config.Config")
     config = _of_checkpoint(config, overrides)
@@ -113,6 +118,22 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
         check_config(Path(config.model.checkpoint), config.model)
     return config
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Generator[None]:
+    """What a config file raises, as one line that names the file and where in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
@@ -203,14 +224,38 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
     options, rest = parser.parse_known_args(arguments)
     if any(argument.startswith(distributed.FLAG) for argument in rest):
         raise UserError(f"{options.command} runs in one process; {distributed.FLAG}* is for train")
-    checkpoint = getattr(options, "checkpoint", None)
-    if checkpoint and _is_pretrained(Path(checkpoint)):
-        rest = ["--model.checkpoint", checkpoint, *rest]
+    if getattr(options, "checkpoint", None):
+        rest = [*_model_of(Path(options.checkpoint)), *rest]
     if "config" in options:
+        _refuse_unknown(commands.choices[options.command], rest)
         return functools.partial(options.run, load_config(options.config, rest), options)
     if rest:
         raise UserError(f"unknown argument {rest[0]}; {options.command} --help lists them")
     return functools.partial(options.run, options)
+
+
+def _model_of(checkpoint: Path) -> list[str]:
+    """The override that names the Hugging Face directory a checkpoint is, or was trained from."""
+    from occ_jax.train import load_config
+
+    if _is_pretrained(checkpoint):
+        return ["--model.checkpoint", str(checkpoint)]
+    for owner in (checkpoint, checkpoint.parent.parent):
+        if (owner / "checkpoints").is_dir() and (owner / "config.json").is_file():
+            found = load_config(owner).model.checkpoint
+            return ["--model.checkpoint", found] if found else []
+    return []
+
+
+def _refuse_unknown(command: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """Fields of the config have a section and a point; what has none was meant for the command."""
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and "." not in name:
+            known = re.findall(r"--[\w-]+(?:\.[\w-]+)?", command.format_help())
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"{command.prog} --help lists them"
+            raise UserError(f"unknown option {name}; {hint}")
 
 
 def _add_k(parser: argparse.ArgumentParser) -> None:
@@ -241,7 +286,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_compare_evaluations(commands: Any) -> None:
     text = "how policy B differs from policy A, question by question, from two --output directories"
-    sub = commands.add_parser("compare-evaluations", help=text, description=text)
+    sub = commands.add_parser(
+        "compare-evaluations", help=text, description=text, allow_abbrev=False
+    )
     sub.add_argument("a", metavar="A", type=Path, help="an evaluation's directory")
     sub.add_argument("b", metavar="B", type=Path, help="another's, on the same questions")
     _add_k(sub)
@@ -479,7 +526,7 @@ def _plan(config: Config, options: argparse.Namespace) -> int:
 def _generate(config: Config, options: argparse.Namespace) -> None:
     from occ_jax.generate import generate
 
-    if options.temperature < 0:
+    if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
     model, tokenizer, params = _load(config, Path(options.checkpoint))
     between = "\n\n" if config.dataset.name else ""
@@ -502,7 +549,7 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
     from occ_jax.models import Model, load_pretrained
     from occ_jax.rl.train_step import abstract_state
     from occ_jax.sharding import make_mesh
-    from occ_jax.train import check_task_fits, load_config
+    from occ_jax.train import check_task_fits, load_config, same_directory
 
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
@@ -516,7 +563,9 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
         changed = [
             f"{name} is {old!r} there, {new!r} here"
             for name, (old, new) in differences(trained, config).items()
-            if name.startswith("model.") and name not in _SAME_PARAMETERS
+            if name.startswith("model.")
+            and name not in _SAME_PARAMETERS
+            and not (name == "model.checkpoint" and same_directory(old, new))
         ]
         if changed:
             raise UserError(f"{checkpoint} is of another model: {', '.join(changed)}")

@@ -34,6 +34,7 @@ from occ_jax.models.scoring import (
 )
 from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
+from occ_jax.rl.gradients import micro_batches
 from occ_jax.rollout.sampler import sample
 from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Params, Rollout
@@ -262,7 +263,14 @@ def _sampler(
             eos_ids=eos_ids,
             pad_id=pad_id,
         )
-        return rollout, jnp.stack(_agreement(model, params, rollout)).transpose(2, 0, 1)
+        # In pieces as those of an update, which there is room for.
+        wanted = config.algorithm.updates_per_rollout * config.algorithm.micro_batches
+        pieces = math.gcd(wanted, rollout.tokens.shape[0] // config.mesh.row_shards)
+        counts = jax.lax.map(
+            lambda piece: jnp.stack(_agreement(model, params, piece)),
+            micro_batches(rollout, pieces),
+        )
+        return rollout, jnp.moveaxis(counts, 3, 1).reshape(-1, *counts.shape[1:3])
 
     every_field: Any = Rollout._fields
     shardings = (row_shardings(mesh, Rollout(*every_field)), rows(mesh))

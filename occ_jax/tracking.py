@@ -27,7 +27,8 @@ def check_charts(config: Config) -> None:
     """Refuses what `open_charts` could not do.
 
     Raises:
-        UserError: the package is not there, or WANDB_MODE is none of its modes.
+        UserError: the package is not there, the project's name cannot be one, or WANDB_MODE is none
+            of its modes.
     """
     if not config.run.wandb_project:
         return
@@ -36,8 +37,14 @@ def check_charts(config: Config) -> None:
         importlib.import_module("wandb.errors")
     except ImportError as error:
         raise UserError(
-            "run.wandb_project needs the package wandb: pip install 'occ_jax[wandb]'"
+            "run.wandb_project needs the package wandb: pip install -e '.[wandb]'"
         ) from error
+    project = config.run.wandb_project
+    if len(project) > 128 or set(project) & set("/\\#?%:"):
+        raise UserError(
+            f"run.wandb_project is {project!r}; it must have at most 128 characters, and none of "
+            "/\\#?%:"
+        )
     if _mode() not in _MODES:
         raise UserError(f"WANDB_MODE is {_mode()!r}; it must be {', '.join(_MODES)}, or not set")
 
@@ -79,7 +86,12 @@ def open_charts(config: Config, say: Callable[[str], None]) -> Charts | None:
         run = start(mode)
     except Error as error:
         say(f"Weights & Biases: offline, as it cannot be reached ({str(error).splitlines()[0]})")
-        mode, run = "offline", start("offline")
+        mode = "offline"
+        try:
+            run = start(mode)
+        except Error as again:
+            say(f"Weights & Biases: no charts ({str(again).splitlines()[0]})")
+            return None
     if mode == "online":
         say(f"Weights & Biases: {run.url}")
     elif mode == "offline":

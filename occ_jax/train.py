@@ -52,7 +52,7 @@ from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
 from occ_jax.rewards.scoring import open_pool
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
-from occ_jax.rollout.collect import Experience, collect
+from occ_jax.rollout.collect import Experience, TooFewGroups, collect
 from occ_jax.sharding import make_mesh
 from occ_jax.tracking import check_charts, open_charts
 from occ_jax.types import Params, TrainState
@@ -62,6 +62,7 @@ from occ_jax.warm_start import starting_params
 _MAY_CHANGE = {
     "dataset.directory",
     "reward.workers",
+    "rollout.max_rounds",
     "run.directory",
     "run.steps",
     "run.checkpoint_every",
@@ -224,7 +225,8 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
         jax.transfer_guard("disallow"),  # what goes to or from the devices here says so
     ):
         for step in range((found or 0) + 1, total + 1):
-            experience = _collect(run, state, step)
+            with _saved_on_error(run, state, step - 1, pending, skipped):
+                experience = _collect(run, state, step)
             if pending is not None:
                 skipped = _finish(run, pending, experience.started, skipped)
                 watched |= pending.row
@@ -249,13 +251,44 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 show(step, _figures(watched))
                 pending = None
             if saves:
-                if run.log is not None:
-                    run.log.flush()
-                with jax.transfer_guard("allow"):  # orbax copies as it sees fit
-                    run.checkpoints.save(step, state, drawn(run.data) * jax.process_count())
+                _keep(run, state, step, _drawn(run))
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return
+
+
+def _keep(run: _Run, state: TrainState, step: int, prompts_drawn: int) -> None:
+    """Begins the checkpoint of a step, unless it is there or there is nothing to lose."""
+    if step == 0 or step in run.checkpoints.steps():
+        return
+    if run.log is not None:
+        run.log.flush()
+    with jax.transfer_guard("allow"):  # orbax copies as it sees fit
+        run.checkpoints.save(step, state, prompts_drawn)
+
+
+@contextmanager
+def _saved_on_error(
+    run: _Run, state: TrainState, step: int, pending: _Pending | None, skipped: int
+) -> Generator[None]:
+    """Saves the last step that is whole where the next one's experience cannot be had.
+
+    Of several processes only where all are refused alike, as a checkpoint takes all of them.
+    """
+    prompts_drawn = _drawn(run)
+    try:
+        yield
+    except UserError as error:
+        if jax.process_count() == 1 or isinstance(error, TooFewGroups):
+            if pending is not None:
+                _finish(run, pending, time.monotonic(), skipped)
+            _keep(run, state, step, prompts_drawn)
+        raise
+
+
+def _drawn(run: _Run) -> int:
+    """Prompts that all processes have drawn."""
+    return drawn(run.data) * jax.process_count()
 
 
 def _collect(run: _Run, state: TrainState, step: int) -> Experience:
@@ -350,7 +383,7 @@ def _data_figures(run: _Run) -> Row:
     return {
         "data/prompts": run.training.epoch,
         "data/overlong_prompts": run.training.overlong,
-        "data/epoch": drawn(run.data) * jax.process_count() / run.training.epoch,
+        "data/epoch": _drawn(run) / run.training.epoch,
     }
 
 
@@ -434,7 +467,7 @@ def _check_same_run(directory: Path, saved: Config, config: Config) -> None:
     changed = {
         name: values
         for name, values in differences(saved, config).items()
-        if name not in _MAY_CHANGE
+        if name not in _MAY_CHANGE and not (name == "model.checkpoint" and same_directory(*values))
     }
     if changed:
         listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
@@ -442,6 +475,13 @@ def _check_same_run(directory: Path, saved: Config, config: Config) -> None:
             f"{directory} holds a run with another config ({listed}); choose another "
             "--run.directory"
         )
+
+
+def same_directory(old: str, new: str) -> bool:
+    """Whether a checkpoint's directory is the old one, written otherwise or moved since."""
+    if not old or not new:
+        return False
+    return Path(old).resolve() == Path(new).resolve() or not Path(old).exists()
 
 
 def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:

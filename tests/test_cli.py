@@ -14,6 +14,7 @@ from occ_jax.metrics import read_rows
 from tests.tiny import config_file
 
 ROOT = Path(__file__).parent.parent
+RUNS = "from occ_jax.config import *\ndef get_config():\n    return Config(run=RunConfig("
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -103,6 +104,33 @@ def test_compare_prints_every_regime(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config(:", ", line 1: invalid syntax"),
+        (
+            "import nowhere_at_all",
+            ", line 1: ModuleNotFoundError: No module named 'nowhere_at_all'",
+        ),
+        (
+            RUNS + "stepz=3))",
+            ", line 3: TypeError: RunConfig.__init__() got an unexpected keyword argument 'stepz'",
+        ),
+        (
+            RUNS + "steps='3'))",
+            "error: run.steps is '3'; it must be positive",
+        ),
+    ],
+)
+def test_a_mistake_in_a_config_file_gets_one_line(tmp_path, capsys, text, said):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    assert main(["train", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+    assert said.startswith("error") or error.startswith(f"error: {path}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["train", "{config}", "--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
@@ -131,6 +159,16 @@ def test_compare_prints_every_regime(tmp_path, capsys):
         (["generate", "{config}", "--checkpoint", "{root}/run", "--prompt", ""], "empty"),
         (["compare", "{config}", "--seeds", "0"], "positive whole number"),
         (["convince", "{config}"], "invalid choice"),
+        (
+            ["evaluate", "{config}", "--checkpoint", "{root}/run", "--sample", "3"],
+            "unknown option --sample; did you mean --samples?",
+        ),
+        (["train", "{config}", "--steps", "3"], "unknown option --steps; "),
+        (
+            ["generate", "{config}", "--checkpoint", "{root}/run", "--temperature", "nan"],
+            "--temperature is nan",
+        ),
+        (["compare-evaluations", "a", "b", "--ou", "c"], "unknown argument --ou"),
     ],
 )
 def test_a_mistake_gets_one_line_and_changes_nothing(trained, capsys, arguments, said):

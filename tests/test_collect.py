@@ -63,6 +63,37 @@ def test_too_few_such_groups_is_an_error(tmp_path, monkeypatch):
         train(dynamic(tmp_path, max_rounds=3), Progress(quiet=True))
 
 
+def test_a_run_goes_on_from_where_its_cap_stopped_it(tmp_path, monkeypatch):
+    """Step 3 finds too few groups; what was learnt before is kept, and a higher cap goes on."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    calls = []
+
+    def judge(*arguments):
+        calls.append(0)
+        scores_of = every_second_group if len(calls) not in lean else all_wrong
+        return verifier_saying(scores_of)(*arguments)
+
+    def run(directory, **rollout):
+        calls.clear()
+        config = dynamic(directory, **rollout)
+        run = dataclasses.replace(config.run, steps=4, checkpoint_every=4, evaluate_every=4)
+        train(dataclasses.replace(config, run=run), Progress(quiet=True))
+
+    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
+    lean = {5, 6}  # calls: two a step, and two more for the third
+    run(whole, max_rounds=4)
+    with pytest.raises(UserError, match=r"goes on from here with a higher --rollout\.max-rounds"):
+        run(stopped, max_rounds=3)
+    lean = {1, 2}
+    run(stopped, max_rounds=4)
+    one, other = (read_rows(path / "run" / "metrics.jsonl") for path in (whole, stopped))
+    assert [row["train/num_gen_batches"] for row in one[1:]] == [2, 2, 4, 2]
+    for before, after in zip(one, other, strict=True):
+        for name, value in before.items():
+            if not name.startswith(("timing_s/", "perf/")):
+                assert value == after[name], name
+
+
 def test_a_wrong_answers_reward_is_the_configs(tmp_path, monkeypatch):
     """DAPO's -1: the verifier says 0 to three in four, advantages and metrics see -1."""
     judge = verifier_saying(every_second_group)

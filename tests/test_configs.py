@@ -45,6 +45,8 @@ EXPERIMENT = {
     "algorithm.updates_per_rollout": 4,
     "mtp.regime": "occ",
     "mtp.estimator": "log_prob",
+    "mtp.decay": 0.9,  # ours
+    "mtp.head_loss": "ce",  # ours
     "mtp.scale": 1.0,
     "mtp.eps": 1e-8,
     "optimizer.learning_rate": 1e-6,

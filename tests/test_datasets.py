@@ -1,6 +1,7 @@
 """Prepared sets as prompts: every one once an epoch, whoever asks, wherever a run was stopped."""
 
 import dataclasses
+import os
 import re
 import shutil
 from collections import Counter
@@ -307,8 +308,8 @@ def get_config():
             template="{{problem}}",
         ),
         model=ModelConfig(
-            checkpoint={checkpoint!r}, vocab_size=64, hidden_size=16, num_layers=1, num_heads=2,
-            num_kv_heads=1, head_dim=8, intermediate_size=32,
+            vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
+            intermediate_size=32,
         ),
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(
@@ -339,10 +340,13 @@ def test_prepare_train_resume_evaluate_compare_generate(tmp_path, capsys):
 
     paths = {"data": "data", "run": "run"}
     paths = {name: str(tmp_path / path) for name, path in paths.items()}
-    config.write_text(CONFIG.format(checkpoint=str(GOLDEN / "mimo"), **paths))
-    assert main(["train", str(config), "--run.steps", "1"]) == 0
+    config.write_text(CONFIG.format(**paths))
+    pretrained = ["--model.checkpoint", str(GOLDEN / "mimo")]
+    assert main(["train", str(config), *pretrained, "--run.steps", "1"]) == 0
     assert "dapo_math_17k: 8 prompts an epoch, 0 over 96 tokens" in capsys.readouterr().err
-    assert main(["train", str(config), "--run.steps", "4"]) == 0
+    # Written otherwise it is the same directory; a run knows which it was when it is evaluated.
+    pretrained[1] = os.path.relpath(pretrained[1])
+    assert main(["train", str(config), *pretrained, "--run.steps", "4"]) == 0
     order = [row["id"] for row in read_rows(tmp_path / "run" / "samples.jsonl")]
     assert len(order) == 16
     assert len(set(order[:8])) == len(set(order[8:])) == 8, "two epochs of two steps"

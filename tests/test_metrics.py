@@ -288,16 +288,22 @@ def test_disabled_charts_write_nothing(tmp_path, alone, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "missing", "said"),
-    [("nearby", False, "WANDB_MODE is 'nearby'"), ("", True, r"pip install 'occ_jax\[wandb\]'")],
+    ("mode", "missing", "project", "said"),
+    [
+        ("nearby", False, "tiny", "WANDB_MODE is 'nearby'"),
+        ("", True, "tiny", r"pip install -e '\.\[wandb\]'"),
+        ("", False, "a/b", "run.wandb_project is 'a/b'; it must have"),
+    ],
 )
-def test_charts_that_cannot_be_are_refused_first(tmp_path, monkeypatch, mode, missing, said):
+def test_charts_that_cannot_be_are_refused_first(
+    tmp_path, monkeypatch, mode, missing, project, said
+):
     monkeypatch.setenv("WANDB_MODE", mode)
     if missing:  # as in a directory that holds wandb's output: a package of nothing
         monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
         monkeypatch.delitem(sys.modules, "wandb.errors", raising=False)
     with pytest.raises(UserError, match=said):
-        train(tiny_config(tmp_path, wandb_project="tiny"), Progress(quiet=True))
+        train(tiny_config(tmp_path, wandb_project=project), Progress(quiet=True))
     assert not (tmp_path / "run").exists()
 
 

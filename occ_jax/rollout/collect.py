@@ -47,6 +47,10 @@ from occ_jax.sharding import on_mesh, row_shardings
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
 
+class TooFewGroups(UserError):
+    """Dynamic sampling reached its cap, on all processes alike."""
+
+
 class Experience(NamedTuple):
     """What one step trains on and what it logs."""
 
@@ -230,9 +234,10 @@ def _dynamic(
                 uniform=float(np.mean([group.uniform for group in rounds])),
                 rounds=len(rounds),
             )
-    raise UserError(
+    raise TooFewGroups(
         f"dynamic sampling kept {have} of {wanted} groups after rollout.max_rounds="
-        f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy"
+        f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy. "
+        "The run goes on from here with a higher --rollout.max-rounds"
     )
 
 
