@@ -130,7 +130,7 @@ def test_a_mistake_in_a_config_file_gets_one_line(tmp_path, capsys, text, said):
 
 
 def test_a_number_that_is_text_gets_one_line():
-    with pytest.raises(UserError, match="^run.steps is '3'; it must be positive$"):
+    with pytest.raises(UserError, match=r"^run\.steps is '3'; it must be positive$"):
         require_positive("run", types.SimpleNamespace(steps="3"), "steps")
 
 
