@@ -1,8 +1,9 @@
 r"""Ten thousand hostile completions against every verifier: no hang, no crash, no false reward.
 
 Every completion is generated from a seed for an answer that it does not give, though many mention
-it. Some of each kind would stop an unprotected verifier for hours or take the process with it.
-Right completions stand among them and must all be rewarded.
+it. For some of `undecided` and `parts` the published rules pay, DAPO's and math-verify's; ours do
+not (docs/rewards.md). Some of each kind would stop an unprotected verifier for hours or take the
+process with it. Right completions stand among them and must all be rewarded.
 """
 
 import os
