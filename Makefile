@@ -30,7 +30,7 @@ demo: $(STAMP)  ## train a small model on the CPU, minutes: progress, table and 
 	@$(BIN)/python run.py train configs/reverse_digits.py $(ARGS)
 
 test: $(STAMP)  ## run the whole test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 parity: $(PARITY)/.installed  ## compare with transformers, live (its environment has torch)
 	@$(PARITY)/bin/python -m pytest tests/parity $(ARGS)

@@ -200,7 +200,7 @@ def test_generation_is_repeatable():
 
 
 @pytest.mark.slow
-def test_hostile_completions_neither_hang_nor_crash_nor_earn(capsys):
+def test_hostile_completions_neither_hang_nor_crash_nor_earn(record_property):
     hostile = hostile_completions(seed=0)
     started = time.monotonic()
     reports = []
@@ -226,13 +226,15 @@ def test_hostile_completions_neither_hang_nor_crash_nor_earn(capsys):
             crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others at work
             assert judged.seconds < bound * crowd
             assert found["reward/timeouts"] + found["reward/deaths"] <= 60
-    with capsys.disabled():
-        print(f"\n{COUNT:,} hostile completions, {RIGHT} right ones, 2 workers, {DEADLINE} s each")
-        print(f"{'verifier':12} {'seconds':>8} {'items/s':>9}  time-outs  deaths  errors")
-        for verifier, found in reports:
-            print(
-                f"{verifier:12} {found['timing_s/reward']:8.1f} "
-                f"{found['perf/reward_throughput']:9,.0f}  {found['reward/timeouts']:9.0f}  "
-                f"{found['reward/deaths']:6.0f}  {found['reward/errors']:6.0f}"
-            )
-        print(f"false rewards 0, lost rewards 0, {time.monotonic() - started:.0f} s in all")
+    lines = [
+        f"{COUNT:,} hostile completions, {RIGHT} right ones, 2 workers, {DEADLINE} s each",
+        f"{'verifier':12} {'seconds':>8} {'items/s':>9}  time-outs  deaths  errors",
+        *(
+            f"{verifier:12} {found['timing_s/reward']:8.1f} "
+            f"{found['perf/reward_throughput']:9,.0f}  {found['reward/timeouts']:9.0f}  "
+            f"{found['reward/deaths']:6.0f}  {found['reward/errors']:6.0f}"
+            for verifier, found in reports
+        ),
+        f"false rewards 0, lost rewards 0, {time.monotonic() - started:.0f} s in all",
+    ]
+    record_property("figures", "\n".join(lines))
