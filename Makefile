@@ -10,6 +10,8 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14
 ARGS ?=
 
 BIN := $(VENV)/bin
+# Tests of a file share what they compile, so a file stays in one process.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
 UV_VERSION := 0.13.9
@@ -20,7 +22,7 @@ export PIP_NO_INPUT = 1
 export PYRIGHT_PYTHON_USE_BUNDLED_PYRIGHT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity lint bench lock clean
+.PHONY: help demo test slow parity lint bench lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -29,8 +31,11 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a small model on the CPU, minutes: progress, table and figures
 	@$(BIN)/python run.py train configs/reverse_digits.py $(ARGS)
 
-test: $(STAMP)  ## run the whole test suite
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+test: $(STAMP)  ## run the test suite
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+
+slow: $(STAMP)  ## run the tests that take minutes: kills, several processes, eight devices
+	@$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 parity: $(PARITY)/.installed  ## compare with transformers, live (its environment has torch)
 	@$(PARITY)/bin/python -m pytest tests/parity $(ARGS)

@@ -153,6 +153,7 @@ def test_two_checkpoints_are_compared(trained, tmp_path, capsys):
     [
         (["--k", "5"], "--k is 5; it must be at most --samples (4)"),
         (["--k", "0"], "no positive whole number"),
+        (["--samples", "1001", "--k", "8"], "--k is 8 of 1,001 samples a question"),
         (["--output", "{file}/out"], "cannot be written"),
         (["--reward.per-source", "aime24", "math_verify"], "this config has reverse_digits"),
         (["--reward.verifier", "nowhere:score"], "nowhere:score cannot be imported"),

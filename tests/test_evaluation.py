@@ -292,6 +292,7 @@ def test_records_lie_beside_the_checkpoints_of_a_run_alone(tmp_path, monkeypatch
     published = tmp_path / "published"
     for directory in (run / "checkpoints" / "20", other):
         (directory / "params").mkdir(parents=True)
+        (directory / "manifest.json").write_text("{}\n")
     published.mkdir()
     (published / "config.json").write_text('{"model_type": "mimo"}')
     expected = run / "evaluations" / "20"

@@ -78,11 +78,14 @@ def run_evaluation(
         keep_completions: keep the answers' text too.
 
     Raises:
-        UserError: `output` holds records of other parameters, questions or settings.
+        UserError: `output` holds records of other parameters, questions or settings; a k is too
+            large, or too small for so many samples.
     """
     if num_prompts is None:
         num_prompts = sys.maxsize if config.dataset.name else _TASK_QUESTIONS
     sets = evaluation_prompts(config, tokenizer, num_prompts)
+    voted = any(":" not in verifier_of(config, name) for name in sets)
+    report.require_ks(ks, num_samples, majorities=voted)  # before anything is sampled
     with open_pool(config) as pool:
         found = _evaluate_into(
             output,
