@@ -3,7 +3,6 @@
 Real processes on this machine, connected by JAX's coordination service and gloo.
 """
 
-import functools
 import os
 import re
 import signal
@@ -157,9 +156,15 @@ def test_two_processes_are_one_of_eight_devices(one_process, two_processes):
     assert 0 < rows[-1]["critic/score/mean"] < 1
     for row, other in zip(rows, rows_alone, strict=True):
         assert row.keys() == other.keys()
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), row, other
-        )
+        # c is a sum that cancels; what it is rounded to is a share of what it could be, |g| |h|.
+        most = row.get("actor/grad_norm", 0.0) * row.get("occ/penalty_1_1", 0.0) ** 0.5
+        for name, value in {**row, **row.get("per_update", {})}.items():
+            if name != "per_update":
+                wanted = {**other, **other.get("per_update", {})}[name]
+                close = 1e-5 * most if name == "occ/correlation_1" else 1e-6
+                np.testing.assert_allclose(
+                    value, wanted, rtol=1e-5, atol=close, err_msg=f"{name} of {row['step']}"
+                )
     assert samples == samples_alone
 
 
