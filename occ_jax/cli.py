@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -153,7 +154,10 @@ def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
     if found.num_mtp_modules == 0:
         # Whether that will do is known after the overrides.
         found = dataclasses.replace(found, num_mtp_modules=model.num_mtp_modules)
-    return dataclasses.replace(config, model=found)
+    # Not checked as a whole yet: the overrides may say the mesh or the lengths that fit this model.
+    joined = copy.copy(config)
+    object.__setattr__(joined, "model", found)
+    return joined
 
 
 def _one_line(boxed: str) -> str:

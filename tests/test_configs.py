@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from occ_jax.cli import load_config, main
 from occ_jax.data.published import PUBLISHED
+from occ_jax.errors import UserError
 from occ_jax.models import Model
 from occ_jax.sharding import AXES, state_shardings
 from tests.checkpoint_files import GOLDEN
@@ -186,6 +187,16 @@ def test_the_model_written_out_is_the_checkpoints(name, family, tmp_path):
     recipe = str(CONFIGS / f"{name}.py")
     found = load_config(recipe, ["--model.checkpoint", str(tmp_path)]).model
     assert dataclasses.replace(found, checkpoint="") == load_config(recipe).model
+
+
+def test_a_smaller_checkpoint_takes_a_smaller_mesh():
+    """The recipe's own mesh has more places than the model has heads."""
+    recipe = str(CONFIGS / "mimo_7b_dapo.py")
+    smaller = ["--model.checkpoint", str(GOLDEN / "mimo")]
+    config = load_config(recipe, [*smaller, "--mesh.tensor", "2"])
+    assert (config.mesh.tensor, config.mesh.fsdp, config.model.num_heads) == (2, 8, 4)
+    with pytest.raises(UserError, match=r"^mesh\.tensor is 8; it must be one of 1, 2,"):
+        load_config(recipe, smaller)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
