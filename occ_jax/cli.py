@@ -240,12 +240,12 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
 
 def _model_of(checkpoint: Path) -> list[str]:
     """The override that names the Hugging Face directory a checkpoint is, or was trained from."""
-    from occ_jax.train import load_config
-
     if _is_pretrained(checkpoint):
         return ["--model.checkpoint", str(checkpoint)]
     for owner in (checkpoint, checkpoint.parent.parent):
         if (owner / "checkpoints").is_dir() and (owner / "config.json").is_file():
+            from occ_jax.train import load_config
+
             found = load_config(owner).model.checkpoint
             return ["--model.checkpoint", found] if found else []
     return []

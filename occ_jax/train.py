@@ -251,16 +251,14 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
                 show(step, _figures(watched))
                 pending = None
             if saves:
-                _keep(run, state, step, _drawn(run))
+                _save(run, state, step, _drawn(run))
             if stopping:
                 progress.say(f"stopped at step {step} of {total}; start again to go on")
                 return
 
 
-def _keep(run: _Run, state: TrainState, step: int, prompts_drawn: int) -> None:
-    """Begins the checkpoint of a step, unless it is there or there is nothing to lose."""
-    if step == 0 or step in run.checkpoints.steps():
-        return
+def _save(run: _Run, state: TrainState, step: int, prompts_drawn: int) -> None:
+    """Begins the checkpoint of a step, whose metrics are on disk before it."""
     if run.log is not None:
         run.log.flush()
     with jax.transfer_guard("allow"):  # orbax copies as it sees fit
@@ -282,7 +280,8 @@ def _saved_on_error(
         if jax.process_count() == 1 or isinstance(error, TooFewGroups):
             if pending is not None:
                 _finish(run, pending, time.monotonic(), skipped)
-            _keep(run, state, step, prompts_drawn)
+            if step > 0 and step not in run.checkpoints.steps():
+                _save(run, state, step, prompts_drawn)
         raise
 
 

@@ -28,19 +28,14 @@ from tests.meshes import (
     two_updates,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Every mesh and every regime once, for both models.
 PAIRS = [
     (model, mesh, [*REGIMES][(number + shift) % len(REGIMES)])
     for model, shift in (("dense", 0), ("moe", 3))
     for number, mesh in enumerate([*MESHES[model], *([(2, 2, 2, 1)] if model == "dense" else [])])
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_pairs_leave_nothing_out():
