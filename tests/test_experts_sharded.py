@@ -15,7 +15,7 @@ from occ_jax.models import moe
 from occ_jax.models.moe import Experts, MoE, Routing, dispatch
 from occ_jax.sharding import make_mesh, on_mesh, rows, state_shardings
 
-B, T, E, D, F, k = 8, 6, 4, 16, 32, 2
+B, T, E, D, F, k = 8, 6, 4, 32, 128, 2
 CONFIG = ModelConfig(
     hidden_size=D,
     moe=MoEConfig(

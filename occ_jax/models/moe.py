@@ -1,7 +1,7 @@
 """Mixture-of-experts feed-forward layer: every token to its k best experts, none dropped.
 
 Tokens are sorted by expert and multiplied with the experts' matrices in one grouped product
-(`jax.lax.ragged_dot`), so the work is that of k experts a token, whatever the balance. The router
+(`occ_jax.models.grouped`), so the work is that of k experts a token, whatever the balance. The router
 works in float32: its scores decide by comparison, and a rounded one sends a token elsewhere.
 
 On a mesh every device sorts and multiplies its own tokens, and where experts are split, tokens
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from occ_jax.model_config import ModelConfig, MoEConfig
+from occ_jax.models.grouped import grouped_product
 from occ_jax.models.layers import SwiGLU, linear
 from occ_jax.sharding import ROWS, current_mesh, parameter_spec
 
@@ -90,8 +91,8 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
         """Rows sorted by expert, `sizes` of them each; nothing is said of rows beyond those."""
         gate, up, down = (part[...].astype(self.dtype) for part in (self.gate, self.up, self.down))
-        hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
-        return jax.lax.ragged_dot(hidden, down, sizes)
+        hidden = jax.nn.silu(grouped_product(x, gate, sizes)) * grouped_product(x, up, sizes)
+        return grouped_product(hidden, down, sizes)
 
 
 class MoE(nnx.Module):
@@ -147,7 +148,7 @@ def dispatch(
     order = jnp.argsort(chosen, stable=True)[: len(x) * min(count, here)]
     ours = (chosen < here)[:, None]
     # Both permutations are told to be such, so that their transposes are no scatter-adds. What
-    # ragged_dot leaves in rows of no expert is undefined, also in its gradient: both `where`s.
+    # the product leaves in rows of no expert is undefined, also in its gradient: both `where`s.
     rows = jnp.where(ours, jnp.repeat(x, count, axis=0), 0)
     rows = rows.at[order].get(unique_indices=True)
     sizes = jnp.bincount(chosen, length=here).astype(jnp.int32)
@@ -165,10 +166,17 @@ def _on_devices(
     specs = {name: parameter_spec(mesh, ("experts", name), w.shape) for name, w in weights.items()}
     places = mesh.shape["expert"] if specs["gate"][0] == "expert" else 1
     partial_sums = specs["gate"][2] == "tensor"  # a device has a part of every expert's width
+    elsewhere = {
+        name: tuple(axis for axis in ROWS if axis not in jax.tree.leaves(tuple(spec)))
+        for name, spec in specs.items()
+    }
 
     def gathered(name: str, weight: Array) -> Array:
         """Of the experts that are here all of the residual side, in the type they are used in."""
         weight, side = weight.astype(experts.dtype), 2 if name == "down" else 1
+        # What differs between places is what their gradients are added up over, here and below: in
+        # the type of the products, where they are smallest.
+        weight = jax.lax.pcast(weight, elsewhere[name], to="varying")
         over = specs[name][side]
         return weight if over is None else jax.lax.all_gather(weight, over, axis=side, tiled=True)
 
@@ -176,6 +184,9 @@ def _on_devices(
         routes: Any, weights: dict[str, Array], x: Float[Array, "N D"]
     ) -> tuple[Float[Array, "N D"], Int[Array, "N k"]]:
         routing = nnx.merge(nnx.graphdef(router), routes)(x)
+        chosen = routing.experts
+        if partial_sums:  # of a token's k copies k times as much would be added up
+            x, routing = jax.lax.pcast((x, routing), "tensor", to="varying")
         whole = {name: gathered(name, weight) for name, weight in weights.items()}
         here = nnx.merge(nnx.graphdef(experts), whole)
 
@@ -187,7 +198,7 @@ def _on_devices(
             return jax.lax.psum_scatter(out, "expert", tiled=True)
 
         out = _in_pieces(piece, x, routing, places)
-        return jax.lax.psum(out, "tensor") if partial_sums else out, routing.experts
+        return jax.lax.psum(out, "tensor") if partial_sums else out, chosen
 
     # Tokens are dealt out evenly; all of a row's lie on its device unless rows do not divide.
     tokens, shards = x.shape[0], math.prod(mesh.shape[axis] for axis in ROWS)
