@@ -156,6 +156,10 @@ class RolloutConfig:
     sampling_chunks: int = 1
     """Parts that a rollout's prompts are sampled in, one after the other: the KV cache is that of
     one part."""
+    gather_weights: bool = True
+    """Gather the weights from `mesh.fsdp` (and those outside the experts from `mesh.expert`) once a
+    rollout, in `model.dtype`; False does it layer by layer for every token, which takes less memory
+    and many times as long."""
     dynamic_sampling: bool = False
     """Replace groups whose completions are all right or all wrong (DAPO)."""
     max_rounds: int = 8

@@ -35,7 +35,7 @@ from occ_jax.models.scoring import (
 from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rl.gradients import micro_batches
-from occ_jax.rollout.sampler import sample
+from occ_jax.rollout.sampler import on_sampling_mesh, sample
 from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Params, Rollout
 
@@ -274,7 +274,7 @@ def _sampler(
 
     every_field: Any = Rollout._fields
     shardings = (row_shardings(mesh, Rollout(*every_field)), rows(mesh))
-    return jax.jit(on_mesh(mesh, run), out_shardings=shardings)
+    return jax.jit(on_sampling_mesh(config, mesh, run), out_shardings=shardings)
 
 
 def _agreement(

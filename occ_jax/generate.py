@@ -15,8 +15,8 @@ from occ_jax.data.pipeline import evaluation_prompts, pad
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
-from occ_jax.rollout.sampler import sample
-from occ_jax.sharding import make_mesh, on_mesh
+from occ_jax.rollout.sampler import on_sampling_mesh, sample
+from occ_jax.sharding import make_mesh
 from occ_jax.types import Params
 
 
@@ -68,7 +68,7 @@ def generate(
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
     )
-    run = jax.jit(on_mesh(make_mesh(config.mesh), run))
+    run = jax.jit(on_sampling_mesh(config, make_mesh(config.mesh), run))
     rollout = run(params, jnp.asarray(tokens), jnp.asarray(valid), jax.random.key(config.run.seed))
     completions = np.asarray(rollout.tokens)[:, tokens.shape[1] :].tolist()
     return [

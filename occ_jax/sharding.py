@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from contextvars import ContextVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh
@@ -83,6 +84,9 @@ _PARAMETERS: dict[tuple[str, ...], Names] = {
     ("projection", "kernel"): _WRITES,
 }
 
+# Whether what is being traced was given weights as products read them, by `gathering_once`.
+_gathered_before: ContextVar[bool] = ContextVar("_gathered_before", default=False)
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -119,6 +123,37 @@ def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Ar
             return function(*arguments, **options)
 
     return traced
+
+
+def gathering_once(
+    mesh: Mesh, dtype: Any, function: Callable[Concatenate[Params, _Arguments], _Result]
+) -> Callable[Concatenate[Params, _Arguments], _Result]:
+    """`on_mesh` for a function that reads all parameters many times, as sampling does.
+
+    Its weights are gathered before it begins, whole but for what `tensor` and `expert` split, and
+    rounded to the type of the products, which is all that products ever see of them.
+
+    Args:
+        mesh: where the parameters lie.
+        dtype: of the products.
+        function: of parameters and more; not to be differentiated.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = _parameter_names(path, leaf.shape)
+        if names is None or "residual" not in names:
+            return leaf
+        return constrain(leaf.astype(dtype), *_as_read(names))
+
+    def run(params: Params, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        ready = jax.tree_util.tree_map_with_path(whole, params)
+        before = _gathered_before.set(True)
+        try:
+            return function(ready, *arguments, **options)
+        finally:
+            _gathered_before.reset(before)
+
+    return on_mesh(mesh, run)
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -166,6 +201,14 @@ def parameter_spec(mesh: Mesh | AbstractMesh, path: tuple[Any, ...], shape: Sequ
     return P() if names is None else spec_of(mesh, names, shape)
 
 
+def layer_spec(mesh: AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
+    """Where a parameter lies that a layer is given: as stored, unless it was gathered before."""
+    if not _gathered_before.get():
+        return parameter_spec(mesh, path, shape)
+    names = _parameter_names(path, shape)
+    return P() if names is None else spec_of(mesh, _as_read(names), shape)
+
+
 def _parameter_names(path: tuple[Any, ...], shape: Sequence[int]) -> Names | None:
     last = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path[-2:])
     names = _PARAMETERS.get(last)
@@ -185,7 +228,7 @@ def gathered(params: Params, dtype: Any) -> Params:
             are (`occ_jax.models.moe`).
         dtype: of the products; weights are rounded to it before they travel.
     """
-    if current_mesh() is None:
+    if current_mesh() is None or _gathered_before.get():
         return params
 
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -197,9 +240,14 @@ def gathered(params: Params, dtype: Any) -> Params:
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
+def _as_read(names: Names) -> Names:
+    """How a weight lies that products are about to read."""
+    return tuple(None if name == "residual" else name for name in names)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(weight: Array, names: Names) -> Array:
-    return constrain(weight, *(None if name == "residual" else name for name in names))
+    return constrain(weight, *_as_read(names))
 
 
 def _gather_forward(weight: Array, names: Names) -> tuple[Array, None]:

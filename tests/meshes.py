@@ -23,8 +23,8 @@ from occ_jax.config import (
 from occ_jax.model_config import ModelConfig, MoEConfig
 from occ_jax.models.model import Model
 from occ_jax.rl.train_step import jit_train_step, place_state
-from occ_jax.rollout.sampler import sample
-from occ_jax.sharding import make_mesh, on_mesh, row_shardings, rows, state_shardings
+from occ_jax.rollout.sampler import on_sampling_mesh, sample
+from occ_jax.sharding import make_mesh, row_shardings, rows, state_shardings
 from occ_jax.types import Batch, Rollout
 
 B, P, R, V = 8, 4, 5, 16
@@ -184,9 +184,12 @@ def deviations(found: Found, wanted: Found) -> dict[str, float]:
     return {name: worst(getattr(found, name), getattr(wanted, name)) for name in fields}
 
 
-def samples(model: str, mesh: tuple[int, int, int, int]) -> tuple[Rollout, Rollout]:
+def samples(
+    model: str, mesh: tuple[int, int, int, int], *, gather_weights: bool = True
+) -> tuple[Rollout, Rollout]:
     """Completions at temperature 1, scored by the modules, and the most probable ones."""
     config = MODELS[model]
+    options = RolloutConfig(gather_weights=gather_weights)
     devices = make_mesh(MeshConfig(*mesh))
 
     def run(params: Any, prompts: Any, valid: Any, key: Any) -> tuple[Rollout, Rollout]:
@@ -206,4 +209,5 @@ def samples(model: str, mesh: tuple[int, int, int, int]) -> tuple[Rollout, Rollo
     prompts = jax.device_put(
         (make_batch().tokens[:B, :P], make_batch().valid[:B, :P]), rows(devices)
     )
-    return jax.device_get(jax.jit(on_mesh(devices, run))(params, *prompts, jax.random.key(3)))
+    run = on_sampling_mesh(Config(model=config, rollout=options), devices, run)
+    return jax.device_get(jax.jit(run)(params, *prompts, jax.random.key(3)))

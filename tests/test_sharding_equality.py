@@ -10,16 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from occ_jax.config import MeshConfig
+from occ_jax.config import Config, MeshConfig, RolloutConfig
 from occ_jax.models.model import Model
 from occ_jax.rollout import sampler
-from occ_jax.sharding import make_mesh, on_mesh, rows, state_shardings
+from occ_jax.rollout.collect import jit_sampler
+from occ_jax.sharding import abstract, make_mesh, on_mesh, replicated, rows, state_shardings
 from tests.meshes import (
     MESHES,
     MODELS,
     REGIMES,
     B,
     P,
+    R,
     deviations,
     make_batch,
     on_one_device,
@@ -74,22 +76,55 @@ def _named(tree):
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh"),
+    ("model", "mesh", "gather_weights"),
     [
-        ("dense", (2, 2, 2, 1)),
-        ("moe", (1, 2, 2, 2)),
-        ("moe", (2, 1, 1, 4)),
+        ("dense", (2, 2, 2, 1), True),
+        ("dense", (2, 2, 2, 1), False),
+        ("moe", (1, 2, 2, 2), True),
+        ("moe", (1, 2, 2, 2), False),
+        ("moe", (2, 1, 1, 4), True),
     ],
     ids=str,
 )
-def test_rollouts_are_those_of_one_device(model, mesh):
+def test_rollouts_are_those_of_one_device(model, mesh, gather_weights):
     one = samples(model, (1, 1, 1, 1))
-    for actual, wanted in zip(samples(model, mesh), one, strict=True):
+    found = samples(model, mesh, gather_weights=gather_weights)
+    for actual, wanted in zip(found, one, strict=True):
         np.testing.assert_array_equal(actual.tokens, wanted.tokens)
         np.testing.assert_array_equal(actual.valid, wanted.valid)
         np.testing.assert_allclose(actual.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-6)
-    scored = [found[0].auxiliary_log_probs for found in (samples(model, mesh), one)]
+    scored = [rollouts[0].auxiliary_log_probs for rollouts in (found, one)]
     np.testing.assert_allclose(*scored, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh"), [("dense", (1, 4, 2, 1)), ("moe", (1, 2, 1, 4))], ids=str
+)
+def test_weights_are_gathered_once_a_rollout(model, mesh):
+    devices = make_mesh(MeshConfig(*mesh))
+    params = abstract(devices, jax.eval_shape(Model(MODELS[model]).init, jax.random.key(0)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (
+        *(jax.ShapeDtypeStruct((16, P), x, sharding=rows(devices)) for x in (np.int32, np.bool)),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(devices)),
+    )
+
+    def gathered(*, gather_weights):
+        """Where weights come from other devices: outside the decoding loop, and inside."""
+        options = RolloutConfig(
+            num_prompts=16, group_size=2, max_new_tokens=R, gather_weights=gather_weights
+        )
+        config = Config(model=MODELS[model], rollout=options, mesh=MeshConfig(*mesh))
+        run = jit_sampler(Model(config.model), config, devices, (1,), 0)
+        text = run.lower(params, *arguments).compile().as_text()
+        found = re.findall(r" all-gather\(.*op_name=\"([^\"]*)/sharding_constraint", text)
+        inside = sum("while/body" in name for name in found)
+        return len(found) - inside, inside
+
+    outside, inside = gathered(gather_weights=True)
+    assert outside > 0
+    assert inside == 0
+    assert gathered(gather_weights=False)[1] > 0
 
 
 @pytest.mark.parametrize(

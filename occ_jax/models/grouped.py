@@ -38,9 +38,7 @@ def _forward(x: Array, weights: Array, sizes: Array) -> tuple[Array, tuple[Array
     return grouped_product(x, weights, sizes), (x, weights, sizes)
 
 
-def _backward(
-    residuals: tuple[Array, Array, Array], cotangent: Array
-) -> tuple[Array, Array, None]:
+def _backward(residuals: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
     x, weights, sizes = residuals
     d_x = jax.lax.ragged_dot(cotangent, jnp.swapaxes(weights, 1, 2), sizes)
     return d_x, _outer_products(x, cotangent, sizes, weights), None
@@ -75,7 +73,7 @@ def _outer_products(
     def visit(state: tuple[Array, Array]) -> tuple[Array, Array]:
         step, sums = state
         mine, place = group[step], number[step] * tile
-        # The last tile may reach beyond the rows: it begins earlier, with rows that are not its own.
+        # The last tile may reach beyond the rows: it begins earlier and leaves out what is not its.
         begin = jnp.minimum(place, rows - tile)
         row = begin + jnp.arange(tile)
         own = (row >= jnp.maximum(starts[mine], place)) & (row < ends[mine])

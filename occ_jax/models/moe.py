@@ -1,8 +1,8 @@
 """Mixture-of-experts feed-forward layer: every token to its k best experts, none dropped.
 
 Tokens are sorted by expert and multiplied with the experts' matrices in one grouped product
-(`occ_jax.models.grouped`), so the work is that of k experts a token, whatever the balance. The router
-works in float32: its scores decide by comparison, and a rounded one sends a token elsewhere.
+(`occ_jax.models.grouped`), so the work is that of k experts a token, whatever the balance. The
+router works in float32: its scores decide by comparison, and a rounded one sends a token elsewhere.
 
 On a mesh every device sorts and multiplies its own tokens, and where experts are split, tokens
 travel and experts stay: the places of the expert axis gather their tokens, each multiplies those
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from occ_jax.model_config import ModelConfig, MoEConfig
 from occ_jax.models.grouped import grouped_product
 from occ_jax.models.layers import SwiGLU, linear
-from occ_jax.sharding import ROWS, current_mesh, parameter_spec
+from occ_jax.sharding import ROWS, current_mesh, layer_spec
 
 # Tokens that are dispatched at once. Their k copies are the layer's largest arrays, and with E
 # experts each sees k/E of them: at 8,192 tokens, k = 8 and E = 128 that is 512 a matrix, enough to
@@ -163,7 +163,7 @@ def _on_devices(
 ) -> tuple[Float[Array, "N D"], Int[Array, "N k"]]:
     """Every device routes its own tokens; `dispatch` on the tokens and the experts of a place."""
     weights = nnx.to_pure_dict(nnx.state(experts, nnx.Param))
-    specs = {name: parameter_spec(mesh, ("experts", name), w.shape) for name, w in weights.items()}
+    specs = {name: layer_spec(mesh, ("experts", name), w.shape) for name, w in weights.items()}
     places = mesh.shape["expert"] if specs["gate"][0] == "expert" else 1
     partial_sums = specs["gate"][2] == "tensor"  # a device has a part of every expert's width
     elsewhere = {

@@ -42,7 +42,7 @@ from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.gradients import micro_batches
 from occ_jax.rl.losses import rollout_correction
-from occ_jax.rollout.sampler import sample_in_chunks
+from occ_jax.rollout.sampler import on_sampling_mesh, sample_in_chunks
 from occ_jax.sharding import on_mesh, row_shardings
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
@@ -287,7 +287,8 @@ def jit_sampler(
     )
     # Any field may be missing in a rollout; a sharding for one that is does no harm.
     every_field: Any = Rollout._fields
-    return jax.jit(on_mesh(mesh, run), out_shardings=row_shardings(mesh, Rollout(*every_field)))
+    shardings = row_shardings(mesh, Rollout(*every_field))
+    return jax.jit(on_sampling_mesh(config, mesh, run), out_shardings=shardings)
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,19 +8,25 @@ they cost one pass of the modules and none of the trunk.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from occ_jax.config import Config
 from occ_jax.models.cache import extend
 from occ_jax.models.decoder import Cache
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, column_positions, score_tokens
-from occ_jax.sharding import constrain
+from occ_jax.sharding import constrain, gathering_once, on_mesh
 from occ_jax.types import Params, Rollout, map_rows
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class _Carry(NamedTuple):
@@ -33,6 +39,15 @@ class _Carry(NamedTuple):
     done: Bool[Array, " B"]
     cache: Cache
     mtp_input: Float[Array, "B T-1 D"] | None
+
+
+def on_sampling_mesh(
+    config: Config, mesh: Mesh, function: Callable[Concatenate[Params, _Arguments], _Result]
+) -> Callable[Concatenate[Params, _Arguments], _Result]:
+    """`function`, to be jitted, which samples: its weights are gathered as `config` says."""
+    if config.rollout.gather_weights:
+        return gathering_once(mesh, config.model.dtype, function)
+    return on_mesh(mesh, function)
 
 
 def sample_in_chunks(
