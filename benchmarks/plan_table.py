@@ -40,7 +40,10 @@ SLICES: dict[str, dict[str, tuple[str, ...]]] = {
         "v5p:2x2x2": ("--mesh.tensor", "1", "--rollout.sampling-chunks", "16"),
     },
     "glm45_air_dapo": {
-        "v5e:16x16": ("--mesh.fsdp", "4", "--algorithm.micro-batches", "16"),
+        "v5e:16x16": (
+            *("--mesh.fsdp", "4", "--algorithm.micro-batches", "16"),
+            *("--rollout.sampling-chunks", "4"),
+        ),
         "v6e:8x16": (),
         "v5p:4x4x4": ("--mesh.tensor", "4"),
     },
