@@ -136,17 +136,11 @@ def gathering_once(
     Args:
         mesh: where the parameters lie.
         dtype: of the products.
-        function: of parameters and more; not to be differentiated.
+        function: of parameters and more.
     """
 
-    def whole(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = _parameter_names(path, leaf.shape)
-        if names is None or "residual" not in names:
-            return leaf
-        return constrain(leaf.astype(dtype), *_as_read(names))
-
     def run(params: Params, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        ready = jax.tree_util.tree_map_with_path(whole, params)
+        ready = _gather_all(params, dtype, experts=True)
         before = _gathered_before.set(True)
         try:
             return function(ready, *arguments, **options)
@@ -203,10 +197,10 @@ def parameter_spec(mesh: Mesh | AbstractMesh, path: tuple[Any, ...], shape: Sequ
 
 def layer_spec(mesh: AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
     """Where a parameter lies that a layer is given: as stored, unless it was gathered before."""
-    if not _gathered_before.get():
-        return parameter_spec(mesh, path, shape)
     names = _parameter_names(path, shape)
-    return P() if names is None else spec_of(mesh, _as_read(names), shape)
+    if names is not None and _gathered_before.get():
+        names = _as_read(names)
+    return P() if names is None else spec_of(mesh, names, shape)
 
 
 def _parameter_names(path: tuple[Any, ...], shape: Sequence[int]) -> Names | None:
@@ -230,10 +224,13 @@ def gathered(params: Params, dtype: Any) -> Params:
     """
     if current_mesh() is None or _gathered_before.get():
         return params
+    return _gather_all(params, dtype, experts=False)
 
+
+def _gather_all(params: Params, dtype: Any, *, experts: bool) -> Params:
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
         names = _parameter_names(path, leaf.shape)
-        if names is None or "residual" not in names or "experts" in names:
+        if names is None or "residual" not in names or ("experts" in names and not experts):
             return leaf
         return _gather(leaf.astype(dtype), names)
 
