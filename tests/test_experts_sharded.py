@@ -15,7 +15,7 @@ from occ_jax.models import moe
 from occ_jax.models.moe import Experts, MoE, Routing, dispatch
 from occ_jax.sharding import make_mesh, on_mesh, rows, state_shardings
 
-B, T, E, D, F, k = 8, 6, 4, 32, 128, 2
+B, T, E, D, F, k = 8, 6, 4, 16, 32, 2
 CONFIG = ModelConfig(
     hidden_size=D,
     moe=MoEConfig(
@@ -147,8 +147,8 @@ def _careless(ragged_dot):
 
 
 @functools.cache
-def compiled(**mesh):
-    both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+def compiled(argnums=(0, 1), **mesh):
+    both = jax.value_and_grad(run, argnums=argnums, has_aux=True)
     mesh = make_mesh(MeshConfig(**mesh))
     params = jax.device_put(layer()[1], state_shardings(mesh, layer()[1]))
     x = jax.device_put(tokens(), rows(mesh))
@@ -166,8 +166,9 @@ def test_no_device_holds_all_experts(mesh):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_every_device_does_its_share_of_the_work(mesh, record_property):
-    # On CPUs the grouped product is one of all rows with every expert that is there.
-    share = compiled().cost_analysis()["flops"] / np.prod([*mesh.values()])
-    own = compiled(**mesh).cost_analysis()["flops"]
+    # On CPUs the grouped product is one of all rows with every expert that is there. The gradient
+    # of the matrices is a loop, which XLA counts once: tests/test_grouped.py counts its visits.
+    share = compiled(1).cost_analysis()["flops"] / np.prod([*mesh.values()])
+    own = compiled(1, **mesh).cost_analysis()["flops"]
     record_property("figures", f"experts on {mesh}: {own / share:.2f} times a device's share")
     assert own < 1.15 * share

@@ -97,6 +97,33 @@ def test_operations_are_those_of_the_rows():
     assert found == once * (2 + (16 + groups - 1) / 16)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "visits"),
+    [
+        ([4, 4, 4, 4], 4),  # a tile each
+        ([2, 4, 4, 6], 7),  # three borders within a tile, each one visit more: tiles + E - 1
+        ([3, 0, 0, 0], 1),  # of 16 rows: tiles behind the groups' are not visited
+        ([0, 0, 0, 0], 0),
+    ],
+)
+def test_tiles_without_rows_of_a_group_are_not_visited(sizes, visits, monkeypatch):
+    counted = []
+
+    def while_loop(more, body, state):
+        while more(state):
+            counted.append(state)
+            state = body(state)
+        return state
+
+    monkeypatch.setattr(grouped, "_TILE", 4)
+    monkeypatch.setattr(jax.lax, "while_loop", while_loop)
+    x, weights = jnp.ones((16, D)), jnp.ones((4, D, F))
+    counts = jnp.array(sizes, jnp.int32)
+    _, pull = jax.vjp(lambda w: grouped_product(x, w, counts), weights)
+    np.testing.assert_array_equal(pull(jnp.ones((16, F)))[0][:, 0, 0], sizes)
+    assert len(counted) == visits
+
+
 def close(actual, wanted):
     scale = max(float(np.abs(wanted).max(initial=0.0)), 1e-30)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-6 * scale)
