@@ -28,7 +28,7 @@ from occ_jax.models.decoder import (
     run_trunk,
 )
 from occ_jax.models.mtp import MTPModule
-from occ_jax.models.transformer import BlockOutput, LayerCache, rematerialised
+from occ_jax.models.transformer import BlockOutput, LayerCache
 from occ_jax.sharding import gathered
 from occ_jax.types import Params
 
@@ -114,12 +114,9 @@ class Model:
             cache: of an earlier call, room made by `occ_jax.models.cache.extend`.
             index: the first slot written.
         """
-
-        def run(phi: Params, hidden: Array, embeddings: Array) -> BlockOutput:
-            module = nnx.merge(graph(MTPModule, self.config), gathered(phi, self.config.dtype))
-            return module(hidden, embeddings, Columns(positions, valid, index), cache)
-
-        return rematerialised(self.config, run)(phi, hidden, embeddings)
+        phi = gathered(phi, self.config.dtype)
+        module = nnx.merge(graph(MTPModule, self.config), phi)
+        return module(hidden, embeddings, Columns(positions, valid, index), cache)
 
     def mtp_states(
         self,
