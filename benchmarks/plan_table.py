@@ -35,9 +35,13 @@ class Job(NamedTuple):
 # Of every config the slices, and how its run is laid out there where that is not the config's way.
 SLICES: dict[str, dict[str, tuple[str, ...]]] = {
     "mimo_7b_dapo": {
+        "v5e:4x8": ("--mesh.tensor", "4", "--rollout.sampling-chunks", "16"),
         "v5e:8x8": (),
         "v6e:4x4": ("--mesh.tensor", "2"),
-        "v5p:2x2x2": ("--mesh.tensor", "1", "--rollout.sampling-chunks", "16"),
+        "v5p:2x2x1": (
+            *("--mesh.fsdp", "4", "--mesh.tensor", "1"),
+            *("--rollout.sampling-chunks", "16"),
+        ),
     },
     "glm45_air_dapo": {
         "v5e:16x16": (
@@ -45,7 +49,7 @@ SLICES: dict[str, dict[str, tuple[str, ...]]] = {
             *("--rollout.sampling-chunks", "4"),
         ),
         "v6e:8x16": (),
-        "v5p:4x4x4": ("--mesh.tensor", "4"),
+        "v5p:2x4x4": ("--mesh.tensor", "2"),
     },
 }
 REGIMES: dict[str, tuple[str, ...]] = {
@@ -118,9 +122,9 @@ def compile_one(file: Path, job: Job) -> None:
 
 
 def table(rows: dict[Job, dict[str, Any]], config: str) -> str:
-    """GiB of a device by program; temporaries, operations and sent GiB are an update's."""
-    heads = ("slice", "regime", *PROGRAMS, "temporaries", "PFLOP", "sent", "verdict")
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 6 + "---|"]
+    """GiB of a device by program; temporaries, peak, operations and sent GiB are an update's."""
+    heads = ("slice", "regime", *PROGRAMS, "temporaries", "peak", "PFLOP", "sent", "verdict")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 7 + "---|"]
     for name in SLICES[config]:
         for regime in REGIMES:
             found = {
@@ -144,7 +148,8 @@ def line(name: str, regime: str, found: dict[str, Any]) -> str:
     else:
         verdict = "fits" if len(found) == len(PROGRAMS) else "-"
     cells = [
-        *(name, regime, *sizes, f"{update['temporaries'] / GIB:.1f}"),
+        *(name, regime, *sizes),
+        *(f"{update[key] / GIB:.1f}" for key in ("temporaries", "peak")),
         *(f"{update['flops'] / 1e15:.2f}", f"{sum(update['collectives'].values()) / GIB:,.0f}"),
         verdict,
     ]

@@ -48,7 +48,8 @@ class Program(NamedTuple):
     resident: int  # lies there meanwhile and is no argument of the program
     arguments: int
     outputs: int  # those that take no argument's place
-    temporaries: int  # the compiled code included
+    temporaries: int  # as they lie in memory, gaps and the compiled code included
+    peak: int  # most that is alive at once, arguments included; 0 if refused
     flops: float  # matrix products
     collectives: dict[str, int]  # by kind
     largest: list[tuple[int, str]]  # of the arrays it makes
@@ -57,7 +58,7 @@ class Program(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it at once."""
+        """All of it, as if no temporary took the place of a donated argument."""
         return self.resident + self.arguments + self.outputs + self.temporaries
 
 
@@ -253,6 +254,7 @@ def _compile(
             arguments=size,
             outputs=0,
             temporaries=_told(refused, size),
+            peak=0,
             flops=flops,
             collectives={},
             largest=[],
@@ -268,6 +270,7 @@ def _compile(
         arguments=max(size, stats.argument_size_in_bytes),
         outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
+        peak=stats.peak_memory_in_bytes,
         flops=flops,
         collectives=collective_bytes(text),
         largest=largest_arrays(text, 5),

@@ -251,7 +251,7 @@ def test_every_program_of_a_run_is_planned(planned):
 
 def some_plan(**program):
     given = {"name": "update", "resident": GIB, "arguments": 4 * GIB, "outputs": 0}
-    given |= {"temporaries": 2 * GIB, "flops": 1e12, "collectives": {}, "largest": []}
+    given |= {"temporaries": 2 * GIB, "peak": 0, "flops": 1e12, "collectives": {}, "largest": []}
     given |= {"seconds": 1.0, "refused": ""}
     return Plan(
         "v5e:2x2", "TPU v5 lite", {"fsdp": 4}, 8 * GIB, 1, 1, 1, 1, (Program(**given | program),)
@@ -263,6 +263,9 @@ def test_what_lies_beside_a_program_counts():
     over = some_plan(resident=3 * GIB)
     assert not over.fits and over.over == GIB
     assert verdict(over) == "does not fit: update is over by 1.00 GiB a device"
+    accepted = some_plan(temporaries=5 * GIB, peak=7 * GIB)
+    said = "update is over by 2.00 GiB a device, though the compiler accepts its 7.00 GiB"
+    assert verdict(accepted) == f"does not fit: {said}"
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit():
