@@ -109,7 +109,7 @@ def _answers(
     """Samples n answers to a chunk of questions."""
     chunk, width = prompts_a_call(config, num_samples), config.rollout.max_new_tokens
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
-    sampler = _sampler(model, computation(config), mesh, num_samples, ends, filler)
+    sampler = jit_evaluation_sampler(model, computation(config), mesh, num_samples, ends, filler)
 
     def run(part: Sequence[Prompt], start: int) -> list[Sampled]:
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
@@ -231,7 +231,7 @@ def prompts_a_call(config: Config, num_samples: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(
+def jit_evaluation_sampler(
     model: Model,
     config: Config,
     mesh: Mesh,
@@ -241,7 +241,9 @@ def _sampler(
 ) -> Callable[..., tuple[Rollout, Array]]:
     """Samples and counts, per answer, agreements of every module with the main head, and tokens.
 
-    The key is folded with where the chunk of prompts begins.
+    Compiled for a config: (params, prompts, prompt_valid, key, begin) to a rollout of `num_samples`
+    answers a prompt and counts [rows, 2, K]. The key is folded with `begin`, the place where the
+    chunk of prompts begins.
     """
 
     def run(

@@ -1,7 +1,7 @@
 """Whether an experiment fits a machine that is not there: compiled ahead of time, never run.
 
-The programs of a step (rollout, mini-batches with their old log-probabilities, updates) are lowered
-with the config's real shapes and shardings and compiled by the compiler of the machine in question:
+The programs of a run (rollout, mini-batches with their old log-probabilities, updates, evaluation)
+are lowered with the config's real shapes and shardings and compiled by the compiler of the machine in question:
 libtpu knows every TPU slice by name, and the CPU's compiler stands in for others. What is resident
 beside a program, such as Adam's moments while the policy samples, is added to what the program
 itself needs; no compiler knows of it.
@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from occ_jax.config import Config, computation
 from occ_jax.data.pipeline import prompt_columns
 from occ_jax.errors import UserError
+from occ_jax.evaluate import jit_evaluation_sampler, prompts_a_call
 from occ_jax.flops import count_flops
 from occ_jax.hlo import collective_bytes, largest_arrays
 from occ_jax.machines import GIB, Machine
@@ -93,7 +94,7 @@ def plan(
     say: Callable[[str], None] = lambda _: None,
     only: Collection[str] = (),
 ) -> Plan:
-    """Compiles every program of a step.
+    """Compiles every program of a run.
 
     Args:
         config: the experiment; its mesh has a place for every device.
@@ -159,7 +160,7 @@ def places(config: Config) -> int:
 
 
 class _Step(NamedTuple):
-    """The arguments of a step's programs, as shapes with shardings."""
+    """The arguments of a run's programs, as shapes with shardings."""
 
     config: Config
     model: Model
@@ -233,6 +234,15 @@ def _programs(step: _Step) -> Iterator[tuple[str, int, Any, tuple[Any, ...]]]:
         update = jit_train_step(model, config, mesh, measure=measure)
         others = reference + per_device(step.batches[1:])
         yield name, others, update, (state, step.batches[0])
+    samples, columns = config.run.evaluation_samples, step.prompts[0].shape[1]
+    questions = (prompts_a_call(config, samples), columns)
+    evaluation = jit_evaluation_sampler(model, config, mesh, samples, *_ENDS)
+    asked = (
+        *(jax.ShapeDtypeStruct(questions, x.dtype, sharding=x.sharding) for x in step.prompts[:2]),
+        step.prompts[2],
+        jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(mesh)),
+    )
+    yield "evaluation", optimizer + reference, evaluation, (state.params, *asked)
 
 
 def _compile(

@@ -236,8 +236,8 @@ def test_planned_bytes_are_those_of_the_live_arrays(planned):
 def test_every_program_of_a_run_is_planned(planned):
     config, found = planned
     names = [program.name for program in found.programs]
-    assert names == ["rollout", "mini-batches", "update", "update between"]
-    measured, between = found.programs[2:]
+    assert names == ["rollout", "mini-batches", "update", "update between", "evaluation"]
+    measured, between = found.programs[2:4]
     # Two pullbacks through the trunk instead of one.
     assert measured.flops > between.flops > 0
     assert measured.collectives and between.collectives
@@ -320,7 +320,7 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
         (("--topology", "v5e:4x4"), "--topology v5e:4x4 needs the compiler for TPUs"),
         (
             ("--devices", "1", "--only", "updates"),
-            "there is no program 'updates'; this run has rollout, mini-batches, update",
+            "there is no program 'updates'; this run has rollout, mini-batches, update, evaluation",
         ),
         ((), "the mesh has 1 places; name a slice of as many with --topology"),
         (("--devices", "2", "--topology", "v5e:4x4"), "not allowed with argument"),
