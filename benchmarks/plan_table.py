@@ -4,8 +4,8 @@
     python benchmarks/plan_table.py plans.jsonl --render
 
 A line of the file is one program, `run.py plan --only PROGRAM --json` in a process of its own. What
-is there already is not compiled again, and what regimes share is compiled once: all sample alike,
-and those that need no module's old log-probabilities score alike. Needs libtpu (docs/plan.md) and
+is there already is not compiled again, and what regimes share is compiled once: all sample and are
+evaluated alike, and those that need no module's old log-probabilities score alike. Needs libtpu (docs/plan.md) and
 two to three minutes of both cores of a laptop a program.
 """
 
@@ -61,12 +61,12 @@ REGIMES: dict[str, tuple[str, ...]] = {
     "occ/cross_batch": ("--mtp.regime", "occ", "--mtp.estimator", "cross_batch"),
     "occ/released": ("--mtp.regime", "occ", "--mtp.estimator", "released"),
 }
-PROGRAMS = ("update", "rollout", "mini-batches")
+PROGRAMS = ("update", "rollout", "mini-batches", "evaluation")
 
 
 def shared(program: str, regime: str) -> str:
     """The regime whose program this is."""
-    if program == "rollout":
+    if program in ("rollout", "evaluation"):
         return "occ/log_prob"
     if program == "mini-batches":
         return "detach" if regime in ("detach", "ce") else "occ/log_prob"
@@ -124,7 +124,7 @@ def compile_one(file: Path, job: Job) -> None:
 def table(rows: dict[Job, dict[str, Any]], config: str) -> str:
     """GiB of a device by program; temporaries, peak, operations and sent GiB are an update's."""
     heads = ("slice", "regime", *PROGRAMS, "temporaries", "peak", "PFLOP", "sent", "verdict")
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 7 + "---|"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 8 + "---|"]
     for name in SLICES[config]:
         for regime in REGIMES:
             found = {

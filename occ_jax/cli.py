@@ -498,9 +498,9 @@ def _plan(config: Config, options: argparse.Namespace) -> int:
 
     # With libtpu installed JAX would look for a TPU of this machine's.
     jax.config.update("jax_platforms", "cpu")
-    from occ_jax.machines import slices, topology, virtual
-    from occ_jax.plan import least, places, plan
-    from occ_jax.plan_report import enough, render, to_json, verdict
+    from occ_jax.planning.machines import slices, topology, virtual
+    from occ_jax.planning.plan import least, places, plan
+    from occ_jax.planning.report import enough, render, to_json, verdict
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

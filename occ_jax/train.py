@@ -42,7 +42,7 @@ from occ_jax.data.pipeline import (
 from occ_jax.data.tasks import completion_tokens, prompt_tokens
 from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
-from occ_jax.evaluate import evaluate_sets
+from occ_jax.evaluation.evaluate import evaluate_sets
 from occ_jax.files import write_json
 from occ_jax.hosts import check_hosts, fold_in, is_first, of_first
 from occ_jax.metrics import Row, RunLog, read_rows

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occ_jax.flops import count_flops
 from occ_jax.models import grouped
 from occ_jax.models.grouped import grouped_product
+from occ_jax.planning.flops import count_flops
 
 D, F = 3, 5
 

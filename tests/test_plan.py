@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import occ_jax.machines
-import occ_jax.plan
+import occ_jax.planning.machines
+import occ_jax.planning.plan
 from occ_jax.cli import main
 from occ_jax.config import MeshConfig, MTPConfig, computation
-from occ_jax.flops import count_flops
-from occ_jax.hlo import collective_bytes, largest_arrays
-from occ_jax.machines import GIB, Machine, virtual
 from occ_jax.models.model import Model
-from occ_jax.plan import Plan, Program, per_device, plan
-from occ_jax.plan_report import render, to_json, verdict
+from occ_jax.planning.flops import count_flops
+from occ_jax.planning.hlo import collective_bytes, largest_arrays
+from occ_jax.planning.machines import GIB, Machine, virtual
+from occ_jax.planning.plan import Plan, Program, per_device, plan
+from occ_jax.planning.report import render, to_json, verdict
 from occ_jax.rl.train_step import place_state
 from occ_jax.sharding import make_mesh, state_shardings
 from tests.tiny import config_file, tiny_config
@@ -296,9 +296,9 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
         return some_plan(resident=(1 if machine.name.startswith("v5p") else 3) * GIB)
 
     monkeypatch.setattr(
-        occ_jax.machines, "topology", lambda name: Machine(name, devices, rooms[name])
+        occ_jax.planning.machines, "topology", lambda name: Machine(name, devices, rooms[name])
     )
-    monkeypatch.setattr(occ_jax.plan, "plan", stub)
+    monkeypatch.setattr(occ_jax.planning.plan, "plan", stub)
     assert run_plan(tmp_path, "--json", "--mesh.fsdp", "4") == 0
     assert tried == ["v6e:2x2", "v5p:2x2x1"]
     out, said = capsys.readouterr()

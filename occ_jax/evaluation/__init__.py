@@ -1,1 +1,1 @@
-"""What is made of an evaluation's answers: statistics, records on disk, tables."""
+"""How good a policy is: answers sampled and judged, statistics, records on disk, tables."""

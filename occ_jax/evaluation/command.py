@@ -18,8 +18,8 @@ from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import evaluation_prompts
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
-from occ_jax.evaluate import evaluate, prompts_a_call, set_key
 from occ_jax.evaluation import report
+from occ_jax.evaluation.evaluate import evaluate, prompts_a_call, set_key
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json

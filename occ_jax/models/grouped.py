@@ -84,7 +84,7 @@ def _outer_products(
         return step + 1, sums.at[mine].add(product)
 
     def more(state: tuple[Array, Array]) -> Array:
-        # The bound says nothing new; it is what the planner reads (`occ_jax.flops`).
+        # The bound says nothing new; it is what the planner reads (`occ_jax.planning.flops`).
         return (state[0] < last[-1]) & (state[0] < most)
 
     start = (jnp.zeros_like(last[-1]), jnp.zeros_like(like, jnp.float32))

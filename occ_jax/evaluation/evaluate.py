@@ -1,7 +1,4 @@
-"""How good a policy is: answers sampled and judged, the exact objective, how its modules draft.
-
-Owns the sampling; `occ_jax.evaluation` holds what is made of the answers.
-"""
+"""Answers sampled and judged, the exact objective, how the modules draft."""
 
 from __future__ import annotations
 

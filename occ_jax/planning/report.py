@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from occ_jax.machines import Machine
-from occ_jax.plan import Plan, Program
+from occ_jax.planning.machines import Machine
+from occ_jax.planning.plan import Plan, Program
 from occ_jax.tables import markdown_table
 
 

@@ -1,13 +1,13 @@
 """Whether an experiment fits a machine that is not there: compiled ahead of time, never run.
 
 The programs of a run (rollout, mini-batches with their old log-probabilities, updates, evaluation)
-are lowered with the config's real shapes and shardings and compiled by the compiler of the machine in question:
-libtpu knows every TPU slice by name, and the CPU's compiler stands in for others. What is resident
-beside a program, such as Adam's moments while the policy samples, is added to what the program
-itself needs; no compiler knows of it.
+are lowered with the config's real shapes and shardings and compiled by the compiler of the machine
+in question: libtpu knows every TPU slice by name, and the CPU's compiler stands in for others. What
+is resident beside a program, such as Adam's moments while the policy samples, is added to what the
+program itself needs; no compiler knows of it.
 
-Operations are those of the traced program's matrix products (`occ_jax.flops`), spread evenly over
-the devices; bytes between devices are read from the compiled text (`occ_jax.hlo`).
+Operations are those of the traced program's matrix products (`flops`), spread evenly over the
+devices; bytes between devices are read from the compiled text (`hlo`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 from occ_jax.config import Config, computation
 from occ_jax.data.pipeline import prompt_columns
 from occ_jax.errors import UserError
-from occ_jax.evaluate import jit_evaluation_sampler, prompts_a_call
-from occ_jax.flops import count_flops
-from occ_jax.hlo import collective_bytes, largest_arrays
-from occ_jax.machines import GIB, Machine
+from occ_jax.evaluation.evaluate import jit_evaluation_sampler, prompts_a_call
 from occ_jax.models.cache import cache_shardings, extend
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import column_positions
+from occ_jax.planning.flops import count_flops
+from occ_jax.planning.hlo import collective_bytes, largest_arrays
+from occ_jax.planning.machines import GIB, Machine
 from occ_jax.rl.gradients import apart
 from occ_jax.rl.train_step import abstract_state, jit_train_step
 from occ_jax.rollout.collect import jit_sampler, jit_splitter
