@@ -5,8 +5,8 @@
 
 A line of the file is one program, `run.py plan --only PROGRAM --json` in a process of its own. What
 is there already is not compiled again, and what regimes share is compiled once: all sample and are
-evaluated alike, and those that need no module's old log-probabilities score alike. Needs libtpu (docs/plan.md) and
-two to three minutes of both cores of a laptop a program.
+evaluated alike, and those that need no module's old log-probabilities score alike. Needs libtpu
+(docs/plan.md) and one to three minutes of both cores of a laptop a program.
 """
 
 from __future__ import annotations
