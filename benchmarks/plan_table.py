@@ -37,7 +37,7 @@ SLICES: dict[str, dict[str, tuple[str, ...]]] = {
     "mimo_7b_dapo": {
         "v5e:4x8": ("--mesh.tensor", "4", "--rollout.sampling-chunks", "16"),
         "v5e:8x8": (),
-        "v6e:4x4": ("--mesh.tensor", "2"),
+        "v6e:4x4": ("--mesh.tensor", "2", "--rollout.sampling-chunks", "16"),
         "v5p:2x2x1": (
             *("--mesh.fsdp", "4", "--mesh.tensor", "1"),
             *("--rollout.sampling-chunks", "16"),
@@ -122,9 +122,9 @@ def compile_one(file: Path, job: Job) -> None:
 
 
 def table(rows: dict[Job, dict[str, Any]], config: str) -> str:
-    """GiB of a device by program; temporaries, peak, operations and sent GiB are an update's."""
-    heads = ("slice", "regime", *PROGRAMS, "temporaries", "peak", "PFLOP", "sent", "verdict")
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 8 + "---|"]
+    """GiB of a device by program; temporaries, operations and sent GiB are an update's."""
+    heads = ("slice", "regime", *PROGRAMS, "temporaries", "PFLOP", "sent", "verdict")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 7 + "---|"]
     for name in SLICES[config]:
         for regime in REGIMES:
             found = {
@@ -148,8 +148,7 @@ def line(name: str, regime: str, found: dict[str, Any]) -> str:
     else:
         verdict = "fits" if len(found) == len(PROGRAMS) else "-"
     cells = [
-        *(name, regime, *sizes),
-        *(f"{update[key] / GIB:.1f}" for key in ("temporaries", "peak")),
+        *(name, regime, *sizes, f"{update['temporaries'] / GIB:.1f}"),
         *(f"{update['flops'] / 1e15:.2f}", f"{sum(update['collectives'].values()) / GIB:,.0f}"),
         verdict,
     ]

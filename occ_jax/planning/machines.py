@@ -17,10 +17,10 @@ from occ_jax.errors import UserError
 
 GIB = 2**30
 
-# Memory of one device, GiB, by JAX's name of the kind: HBM of a chip as Google Cloud publishes it
-# (cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x); two devices share the 192 of a TPU7x. The
-# compiler refuses by limits of its own, a little below or above.
-HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+# Memory of one device for arrays and programs, GiB, by JAX's name of the kind: what the compiler
+# names when it refuses a program ("exceeds available HBM", libtpu 0.0.42). Google Cloud publishes
+# 16, 95, 32 and, for two devices, 192 (cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x).
+HBM_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
 
 # Slices to try where none is named, least memory first, by their number of devices.
 _SLICES = {
@@ -72,7 +72,7 @@ def topology(name: str) -> Machine:
     if kind not in HBM_GIB:
         known = ", ".join(HBM_GIB)
         raise UserError(f"--topology {name}: the memory of a {kind} is not known, of {known} it is")
-    return Machine(name, tuple(devices), HBM_GIB[kind] * GIB)
+    return Machine(name, tuple(devices), int(HBM_GIB[kind] * GIB))
 
 
 def virtual(count: int, memory_gib: float | None) -> Machine:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from occ_jax.planning.machines import Machine
-from occ_jax.planning.plan import Plan, Program
+from occ_jax.planning.plan import Plan
 from occ_jax.tables import markdown_table
 
 
@@ -53,14 +53,10 @@ def verdict(plan: Plan) -> str:
     for program in plan.programs:
         over = 0 if plan.memory is None else program.total - plan.memory
         if over > 0:
-            said.append(f"{program.name} is over by {_size(over)} a device{_accepted(program)}")
+            said.append(f"{program.name} is over by {_size(over)} a device")
         elif program.refused:
             said.append(f"{program.name} is refused: {program.refused}")
     return "does not fit: " + "; ".join(said)
-
-
-def _accepted(program: Program) -> str:
-    return f", though the compiler accepts its {_size(program.peak)}" if program.peak else ""
 
 
 def enough(machine: Machine, least: int, say: Callable[[str], None]) -> bool:
@@ -81,7 +77,7 @@ def _parts(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _programs(plan: Plan) -> list[tuple[str, ...]]:
-    heads = ("resident", "arguments", "outputs", "temporaries", "total", "peak")
+    heads = ("resident", "arguments", "outputs", "temporaries", "total")
     cells: list[tuple[str, ...]] = [("a device", *heads, "FLOP", "sent", "compiled in s")]
     for program in plan.programs:
         sizes = (getattr(program, head) for head in heads)
