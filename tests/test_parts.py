@@ -23,9 +23,11 @@ from occ_jax.model_config import (
 from occ_jax.models import Model
 from occ_jax.models.cache import extend
 from occ_jax.models.delta_net import Signals, delta_chunks, delta_step
+from occ_jax.models.layers import whole_tiles
 from occ_jax.models.moe import MoE
 from occ_jax.models.rope import Rotary, rotary, rotate
 from occ_jax.models.scoring import (
+    auxiliary_states,
     column_positions,
     distillation_losses,
     score_tokens,
@@ -418,6 +420,56 @@ def test_decoding_from_a_widened_cache_is_the_full_forward(config, scan):
 
     found, expected = decode(theta)
     close(found, expected[:, prompt:], atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [(128, 128), (10_239, 10_240), (121, 128), (115, 128), (112, 112), (9, 9)],
+)
+def test_columns_fill_their_tiles_where_that_costs_little(columns, wanted):
+    x = jnp.ones((2, columns, 3))
+    np.testing.assert_array_equal(
+        whole_tiles(x), np.pad(x, [(0, 0), (0, wanted - columns), (0, 0)])
+    )
+
+
+@each_config
+def test_columns_that_fill_tiles_change_nothing(config):
+    # 121 columns become 128, the modules' 120 and 119 too.
+    model = Model(dataclasses.replace(config, num_mtp_modules=2))
+    params, columns, response = random_params(model), 122, 100
+    tokens = jax.random.randint(jax.random.key(1), (2, columns), 0, config.vocab_size)
+    valid = jnp.arange(columns)[None, :] >= jnp.array([[0], [15]])
+    positions = column_positions(valid)
+
+    @jit
+    def filled(params):
+        states = trunk_states(model, params["trunk"], tokens, valid)
+        heads = auxiliary_states(model, params, states.mtp_input, tokens, valid, response)
+        return states, heads
+
+    @jit
+    def bare(params):
+        out = model.trunk(params["trunk"], tokens[:, :-1], positions[:, :-1], valid[:, :-1])
+        embeddings, hidden, heads = model.embed(params["trunk"], tokens), out.mtp_input, []
+        for k in (1, 2):
+            slots = columns - 1 - k
+            both = valid[:, :slots] & valid[:, k : k + slots]
+            ahead = embeddings[:, k : k + slots]
+            phi = params["mtp"][k - 1]
+            hidden = model.mtp_module(phi, hidden[:, :slots], ahead, positions[:, :slots], both).x
+            heads.append(hidden[:, -response:])
+        return out.hidden, out.mtp_input, heads
+
+    states, heads = filled(params)
+    hidden, mtp_input, wanted = bare(params)
+    real = valid[:, :-1, None]  # the others are of no meaning
+    worst = 1e-4  # of entries up to 4: a random delta net's norm magnifies the last bits
+    close(states.hidden * real, hidden * real, worst)
+    close(states.mtp_input * real, mtp_input * real, worst)
+    close(jnp.stack(heads), jnp.stack(wanted), worst)
+    routed = valid[:, :-1].sum() * config.moe.experts_per_token
+    np.testing.assert_array_equal(states.expert_load.sum(axis=1), routed)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

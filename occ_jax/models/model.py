@@ -27,6 +27,7 @@ from occ_jax.models.decoder import (
     init_trunk,
     run_trunk,
 )
+from occ_jax.models.layers import whole_tiles
 from occ_jax.models.mtp import MTPModule
 from occ_jax.models.transformer import BlockOutput, LayerCache
 from occ_jax.sharding import gathered
@@ -141,20 +142,20 @@ class Model:
             depth: how far ahead; beyond K the modules take turns again from the first, as
                 drafters with fewer modules than drafts do.
         """
-        embeddings = self.embed(params["trunk"], tokens)
+        embeddings = self.embed(params["trunk"], whole_tiles(tokens))
         states: list[Array] = []
         hidden = mtp_input
         for k in range(1, depth + 1):
             slots = mtp_input.shape[1] + 1 - k
-            # A slot is real when both the state and the token it reads are.
-            out = self.mtp_module(
-                params["mtp"][(k - 1) % self.config.num_mtp_modules],
+            arrays = (
                 hidden[:, :slots],
                 embeddings[:, k : k + slots],
                 positions[:, :slots],
+                # A slot is real when both the state and the token it reads are.
                 valid[:, :slots] & valid[:, k : k + slots],
             )
-            hidden = out.x
+            phi = params["mtp"][(k - 1) % self.config.num_mtp_modules]
+            hidden = self.mtp_module(phi, *map(whole_tiles, arrays)).x[:, :slots]
             states.append(hidden)
         return states
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.models.distributions import entropy, soft_cross_entropy, token_log_probs
+from occ_jax.models.layers import whole_tiles
 from occ_jax.models.model import Model
 from occ_jax.types import Params
 
@@ -36,9 +37,12 @@ def trunk_states(
     model: Model, theta: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
 ) -> TrunkStates:
     """Runs the trunk over every column that predicts one."""
-    columns = valid[:, :-1]
-    out = model.trunk(theta, tokens[:, :-1], column_positions(valid)[:, :-1], columns)
-    return TrunkStates(out.hidden, out.mtp_input, _expert_load(model, out.experts, columns))
+    last = tokens.shape[1] - 1
+    arrays = (tokens[:, :-1], column_positions(valid)[:, :-1], valid[:, :-1])
+    tokens, positions, valid = map(whole_tiles, arrays)
+    out = model.trunk(theta, tokens, positions, valid)
+    load = _expert_load(model, out.experts, valid)
+    return TrunkStates(out.hidden[:, :last], out.mtp_input[:, :last], load)
 
 
 def _expert_load(
