@@ -49,7 +49,7 @@ SLICES: dict[str, dict[str, tuple[str, ...]]] = {
             *("--rollout.sampling-chunks", "4"),
         ),
         "v6e:8x16": (),
-        "v5p:4x4x4": ("--mesh.tensor", "4"),
+        "v5p:2x4x4": ("--mesh.tensor", "2"),
     },
 }
 REGIMES: dict[str, tuple[str, ...]] = {
