@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from occ_jax.cli import main
+from occ_jax.config import Config, MeshConfig, RolloutConfig
+from occ_jax.evaluation.evaluate import call_of
 from occ_jax.evaluation.records import read_records
 from tests.tiny import config_file
 
@@ -67,6 +69,39 @@ def test_an_evaluation_prints_and_keeps_its_figures(trained, tmp_path, capsys):
         assert 0 <= record.figures["objective"] <= 1
         assert record.figures["agreed_1"] <= record.figures["drafted_1"]
         assert record.completions is None
+
+
+def test_answers_do_not_depend_on_how_many_places_share_a_question(trained, tmp_path):
+    # 16 rows at once are 2 questions of 8 answers: on a mesh of 4 places, 2 copies of each.
+    found = {}
+    for places in (1, 4):
+        mesh = ("--samples", "8", "--mesh.data", str(places))
+        assert evaluate(trained, tmp_path / str(places), *mesh, prompts=5) == 0
+        _, found[places] = read_records(tmp_path / str(places) / "reverse_digits.jsonl")
+    for one, spread in zip(found[1], found[4], strict=True):
+        assert spread.figures == pytest.approx(one.figures, rel=1e-5)
+        assert spread._replace(figures={}) == one._replace(figures={})
+    assert len({text for record in found[1] for text in record.given}) > 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "places", "wanted"),
+    [
+        (512, 32, 32, (16, 2)),
+        (512, 32, 8, (16, 1)),
+        (512, 4, 32, (128, 1)),
+        (512, 3, 32, (160, 1)),
+        (64, 32, 32, (2, 16)),
+        (16, 32, 1, (1, 1)),
+        (64, 3, 32, (32, 1)),  # 96 rows: three answers have no two copies to lie with
+    ],
+)
+def test_an_evaluation_samples_as_many_rows_as_a_rollout(rows, samples, places, wanted):
+    config = Config(
+        rollout=RolloutConfig(num_prompts=rows, group_size=2, sampling_chunks=2),
+        mesh=MeshConfig(data=places),
+    )
+    assert call_of(config, samples) == wanted
 
 
 def test_completions_are_kept_where_they_are_asked_for(trained, tmp_path):

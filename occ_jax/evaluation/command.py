@@ -19,7 +19,7 @@ from occ_jax.data.pipeline import evaluation_prompts
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluation import report
-from occ_jax.evaluation.evaluate import evaluate, prompts_a_call, set_key
+from occ_jax.evaluation.evaluate import call_of, evaluate, set_key
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
@@ -212,7 +212,7 @@ def _header(
         "seed": config.run.seed,
         "sampling": {k: v for k, v in sampling.items() if k not in _NOT_SAMPLING},
         "dtype": config.model.dtype,
-        "prompts a call": prompts_a_call(config, num_samples),
+        "prompts a call": call_of(config, num_samples).questions,
         "verifier": verifier_identity(verifier_of(config, name)),
         "truncated": config.reward.truncated,
         "deadline_s": config.reward.deadline_s,

@@ -6,7 +6,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def evaluate(
         prompts,
         _answers(model, config, mesh, tokenizer, params, key, num_samples),
         judge,
-        chunk=prompts_a_call(config, num_samples),
+        chunk=call_of(config, num_samples).questions,
         file=file,
         keep_completions=keep_completions,
         show=show,
@@ -104,14 +104,18 @@ def _answers(
     num_samples: int,
 ) -> Callable[[Sequence[Prompt], int], list[Sampled]]:
     """Samples n answers to a chunk of questions."""
-    chunk, width = prompts_a_call(config, num_samples), config.rollout.max_new_tokens
+    chunk, copies = call_of(config, num_samples)
+    width = config.rollout.max_new_tokens
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
-    sampler = jit_evaluation_sampler(model, computation(config), mesh, num_samples, ends, filler)
+    sampler = jit_evaluation_sampler(
+        model, computation(config), mesh, num_samples // copies, ends, filler
+    )
 
     def run(part: Sequence[Prompt], start: int) -> list[Sampled]:
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
         mine = padded[block(chunk)]
-        columns = (put_rows(mesh, x) for x in pad_prompts(config, tokenizer, mine))
+        copied = [prompt for prompt in mine for _ in range(copies)]
+        columns = (put_rows(mesh, x) for x in pad_prompts(config, tokenizer, copied))
         begin = put_everywhere(mesh, np.array(start, np.uint32))
         rollout, drafts = sampler(params, *columns, key, begin)
         shape = (len(mine), num_samples, width)
@@ -120,7 +124,7 @@ def _answers(
         ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
         objective: np.ndarray | None = None
         if not config.dataset.name and has_unique_completion(config.task):
-            objective = exact_objective(model, config, mesh, tokenizer, params, mine)
+            objective = exact_objective(model, config, mesh, tokenizer, params, copied)[::copies]
         # [K, questions]: over a question's answers.
         drafts = own_rows(mesh, drafts).reshape(*shape[:2], 2, -1).sum(axis=1)
         agreed, drafted = drafts.transpose(1, 2, 0)
@@ -218,13 +222,29 @@ def exact_objective(
     return own_rows(mesh, score(params["trunk"], *columns))
 
 
-def prompts_a_call(config: Config, num_samples: int) -> int:
-    """Prompts that make about as many rows as are sampled at once, and divide over the mesh."""
-    shards = math.lcm(config.mesh.row_shards, jax.process_count())
-    options = config.rollout
+class Call(NamedTuple):
+    """What an evaluation samples at once."""
+
+    questions: int
+    copies: int  # of every question, among which its answers are divided
+
+
+def call_of(config: Config, num_samples: int) -> Call:
+    """About as many rows as a rollout samples at once, whose prompts divide over the mesh.
+
+    Where there are fewer questions than the mesh has places for rows, copies of them fill the
+    places. Answers are the same however many copies there are.
+    """
+    processes, options = jax.process_count(), config.rollout
+    shards = math.lcm(config.mesh.row_shards, processes)
     rows_at_once = options.num_prompts * options.group_size // options.sampling_chunks
     wanted = rows_at_once // num_samples
-    return max(1, wanted // shards) * shards
+    if wanted >= shards:
+        return Call(wanted // shards * shards, 1)
+    dividing = [n for n in range(1, num_samples + 1) if num_samples % n == 0 and shards % n == 0]
+    possible = [n for n in dividing if shards // n % processes == 0]
+    copies = min((n for n in possible if shards // n <= wanted), default=possible[-1])
+    return Call(shards // copies, copies)
 
 
 @functools.lru_cache(maxsize=16)

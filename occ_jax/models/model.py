@@ -155,7 +155,8 @@ class Model:
                 valid[:, :slots] & valid[:, k : k + slots],
             )
             phi = params["mtp"][(k - 1) % self.config.num_mtp_modules]
-            hidden = self.mtp_module(phi, *map(whole_tiles, arrays)).x[:, :slots]
+            states_in, ahead, places, real = map(whole_tiles, arrays)
+            hidden = self.mtp_module(phi, states_in, ahead, places, real).x[:, :slots]
             states.append(hidden)
         return states
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from occ_jax.config import Config, computation
 from occ_jax.data.pipeline import prompt_columns
 from occ_jax.errors import UserError
-from occ_jax.evaluation.evaluate import jit_evaluation_sampler, prompts_a_call
+from occ_jax.evaluation.evaluate import call_of, jit_evaluation_sampler
 from occ_jax.models.cache import cache_shardings, extend
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import column_positions
@@ -234,8 +234,9 @@ def _programs(step: _Step) -> Iterator[tuple[str, int, Any, tuple[Any, ...]]]:
         others = reference + per_device(step.batches[1:])
         yield name, others, update, (state, step.batches[0])
     samples, columns = config.run.evaluation_samples, step.prompts[0].shape[1]
-    questions = (prompts_a_call(config, samples), columns)
-    evaluation = jit_evaluation_sampler(model, config, mesh, samples, *_ENDS)
+    call = call_of(config, samples)
+    questions = (call.questions * call.copies, columns)
+    evaluation = jit_evaluation_sampler(model, config, mesh, samples // call.copies, *_ENDS)
     asked = (
         *(jax.ShapeDtypeStruct(questions, x.dtype, sharding=x.sharding) for x in step.prompts[:2]),
         step.prompts[2],
