@@ -123,7 +123,7 @@ def plan(
     for name, resident, function, arguments in found:
         if not only or name in only:
             say(f"{machine.name}: compiling {name}")
-            programs.append(_compile(name, resident, function, arguments, count))
+            programs.append(_compile(name, resident, function, arguments, machine))
             done = programs[-1]
             say(f"  {done.total / GIB:.2f} GiB a device, {done.seconds:.0f} s  {done.refused}")
     return Plan(
@@ -246,11 +246,11 @@ def _programs(step: _Step) -> Iterator[tuple[str, int, Any, tuple[Any, ...]]]:
 
 
 def _compile(
-    name: str, resident: int, function: Any, arguments: tuple[Any, ...], devices: int
+    name: str, resident: int, function: Any, arguments: tuple[Any, ...], machine: Machine
 ) -> Program:
-    started = time.monotonic()
+    started, platform = time.monotonic(), machine.devices[0].platform
     traced = function.trace(*arguments)
-    flops = count_flops(traced.jaxpr) / devices
+    flops = count_flops(traced.jaxpr) / len(machine.devices)
     size = per_device(arguments)
     try:
         compiled = traced.lower().compile()
@@ -278,7 +278,7 @@ def _compile(
         # The compiler pads what it lays out in tiles, and leaves out what the program never reads.
         arguments=max(size, stats.argument_size_in_bytes),
         outputs=_outputs(stats),
-        temporaries=_temporaries(stats) + stats.generated_code_size_in_bytes,
+        temporaries=_temporaries(stats, platform) + stats.generated_code_size_in_bytes,
         flops=flops,
         collectives=collective_bytes(text),
         largest=largest_arrays(text, 5),
@@ -291,17 +291,20 @@ def _outputs(stats: Any) -> int:
     return stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
-def _temporaries(stats: Any) -> int:
-    """Without the compiled code; of a program that donates, what its arguments have no room for.
+def _temporaries(stats: Any, platform: str) -> int:
+    """Bytes of the heap, the compiled code not included.
 
-    The size of a TPU program's heap counts places that are also a donated argument's: arguments and
-    heap come to 17.2 GiB where the compiler finds 13.7 (its log, "program HBM usage"; GLM-4.5-Air's
-    update on v5e:16x16). Its peak does not. Without donation the heap is right, gaps included, of
-    which the peak knows nothing.
+    A TPU's compiler reports a size of the heap that has the gaps between its arrays in it twice and
+    a peak without them; their mean has them once. Where arguments are donated, the peak has the
+    results beside the arguments that they take the place of, which comes to the heap with its gaps.
+    docs/plan.md compares both with the compiler's log.
     """
-    if stats.alias_size_in_bytes == 0:
+    if platform != "tpu":
         return stats.temp_size_in_bytes
-    return max(0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes - _outputs(stats))
+    alive = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - _outputs(stats)
+    if stats.alias_size_in_bytes > 0:
+        return max(0, alive)
+    return max(0, (alive + stats.temp_size_in_bytes) // 2)
 
 
 def wanted(refused: str) -> int:
