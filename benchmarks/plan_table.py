@@ -147,10 +147,10 @@ def line(name: str, regime: str, found: dict[str, Any]) -> str:
         verdict = f"{', '.join(refused)} over" + (f" by {over / GIB:.1f}" if over else "")
     else:
         verdict = "fits" if len(found) == len(PROGRAMS) else "-"
+    sent = "-" if update["refused"] else f"{sum(update['collectives'].values()) / GIB:,.0f}"
     cells = [
         *(name, regime, *sizes, f"{update['temporaries'] / GIB:.1f}"),
-        *(f"{update['flops'] / 1e15:.2f}", f"{sum(update['collectives'].values()) / GIB:,.0f}"),
-        verdict,
+        *(f"{update['flops'] / 1e15:.2f}", sent, verdict),
     ]
     return f"| {' | '.join(cells)} |"
 

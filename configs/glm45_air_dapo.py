@@ -6,14 +6,14 @@ Reported by arXiv 2605.28184 after 200 steps, avg@32 in percent, the mean of the
 
     detach 65.9      ce 54.8      policy 64.4      occ 67.6
 
-Hardware, by arithmetic and not by a run, for the 128 places of the mesh (a v6e:8x16 has as many, of
-32 GiB each), a device's part:
+Hardware, by plan and not by a run (docs/plan.md has the tables):
 
-    parameters, two AdamW moments, gradients: 109.2e9 x 4 bytes x 4      12.7 GiB
-    keys and values of the 256 completions that are sampled at once:
-        256 rows x 10,240 tokens x 188,416 bytes                          3.6 GiB
+    python run.py plan configs/glm45_air_dapo.py --topology v6e:8x16
 
-`python run.py plan configs/glm45_air_dapo.py --topology v6e:8x16` adds the rest (docs/plan.md).
+128 TPU v6e of 32 GiB. An update takes 22.9 GiB of each, 13.1 of them parameters, two AdamW moments
+and gradients, all float32; a rollout 20.2, 3.6 of them the keys and values of the 256 completions
+that are sampled at once (256 rows x 10,240 tokens x 188,416 bytes, over the mesh).
+With other meshes 256 v5e are enough, but for the estimator exact, or 32 v5p.
 """
 
 import dataclasses

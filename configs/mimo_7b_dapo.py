@@ -16,9 +16,10 @@ Hardware, by plan and not by a run (docs/plan.md has the tables):
 
     python run.py plan configs/mimo_7b_dapo.py --topology v5e:8x8
 
-64 TPU v5e of 16 GiB. An update takes 6.5 GiB of each, a rollout 9.5, 5.6 of them the keys and
-values of the 256 completions that are sampled at once (`rollout.sampling_chunks`). Those of all
-2,048 would be 2,048 x 10,240 tokens x 147,456 bytes = 3,092 GB.
+64 TPU v5e of 16 GiB. An update takes 5.3 GiB of each, a rollout 9.5, 5.6 of them the keys and
+values of the 256 completions that are sampled at once (`rollout.sampling_chunks`), an evaluation
+10.2. Keys and values of all 2,048 would be 2,048 x 10,240 tokens x 147,456 bytes = 3,092 GB. With
+another mesh and 16 chunks 32 v5e are enough, or 16 v6e, or 4 v5p.
 """
 
 from occ_jax.config import (
