@@ -11,7 +11,7 @@ Hardware, by plan and not by a run (docs/plan.md has the tables):
     python run.py plan configs/glm45_air_dapo.py --topology v6e:8x16
 
 128 TPU v6e of 32 GiB. An update takes 22.9 GiB of each, 13.1 of them parameters, two AdamW moments
-and gradients, all float32; a rollout 20.2, 3.6 of them the keys and values of the 256 completions
+and gradients, all float32; a rollout 20.1, 3.6 of them the keys and values of the 256 completions
 that are sampled at once (256 rows x 10,240 tokens x 188,416 bytes, over the mesh).
 With other meshes 256 v5e or 32 v5p are enough, but not for the estimators exact and cross_batch.
 """
