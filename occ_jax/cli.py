@@ -38,6 +38,7 @@ _SAME_PARAMETERS = {
     *("model.dtype", "model.remat"),
     *("model.attention_kernel", "model.attention_columns", "model.logits_columns"),
 }
+_OF_PROCESSES = {"train", "evaluate"}  # commands that several processes can run together
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
 
 
@@ -59,7 +60,7 @@ class _Help(argparse.Action):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the process's exit status, 1 for a plan that does not fit."""
-    if arguments[:1] == ["train"] and distributed.requested(arguments):
+    if {*arguments[:1]} & _OF_PROCESSES and distributed.requested(arguments):
         return distributed.supervise(lambda: _run(arguments))
     return _run(arguments)
 
@@ -190,11 +191,12 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
         return sub
 
     train = add("train", _train, "train, or go on with, the run in --run.directory")
-    _add_distributed(train)
     compare = add("compare", _compare, "every regime from one starting policy: table and figures")
     compare.add_argument("--seeds", type=_positive, default=3, help="seeds a regime (3)")
     compare.add_argument("--exact", action="store_true", help="also occ with exact gradients")
     evaluate = add("evaluate", _evaluate, "accuracy, exact objective and acceptance")
+    for sub in (train, evaluate):
+        _add_distributed(sub)
     generate = add("generate", _generate, "prompts in, completions out")
     for sub in (evaluate, generate):
         sub.add_argument(
@@ -227,7 +229,9 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
     _add_convert(commands)
     options, rest = parser.parse_known_args(arguments)
     if any(argument.startswith(distributed.FLAG) for argument in rest):
-        raise UserError(f"{options.command} runs in one process; {distributed.FLAG}* is for train")
+        raise UserError(
+            f"{options.command} runs in one process; {distributed.FLAG}* is for train and evaluate"
+        )
     if getattr(options, "checkpoint", None):
         rest = [*_model_of(Path(options.checkpoint)), *rest]
     if "config" in options:
@@ -370,7 +374,9 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(config: Config, options: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def _joined(options: argparse.Namespace) -> Generator[None]:
+    """Connected to the other processes, if there are to be any."""
     given = {
         name.removeprefix("distributed.").replace("-", "_"): value
         for name, value in vars(options).items()
@@ -378,9 +384,14 @@ def _train(config: Config, options: argparse.Namespace) -> None:
     }
     if given["auto"] or given["coordinator"] or distributed.in_environment():
         with distributed.joined(distributed.read_options(**given)):
-            _train_here(config)
-        return
-    _train_here(config)
+            yield
+    else:
+        yield
+
+
+def _train(config: Config, options: argparse.Namespace) -> None:
+    with _joined(options):
+        _train_here(config)
 
 
 def _train_here(config: Config) -> None:
@@ -468,21 +479,28 @@ def _compare(config: Config, options: argparse.Namespace) -> None:
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     from occ_jax.evaluation.command import evaluation_directory, run_evaluation
+    from occ_jax.hosts import check_hosts
+    from occ_jax.sharding import make_mesh
 
     for k in options.k:
         if k > options.samples:
             raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
     checkpoint = Path(options.checkpoint)
-    run_evaluation(
-        config,
-        *_load(config, checkpoint),
-        checkpoint=checkpoint,
-        output=options.output or evaluation_directory(checkpoint),
-        num_prompts=options.prompts,
-        num_samples=options.samples,
-        ks=options.k or [options.samples],
-        keep_completions=options.completions,
-    )
+    asked: dict[str, Any] = {
+        "num_prompts": options.prompts,
+        "num_samples": options.samples,
+        "ks": options.k or [options.samples],
+        "keep_completions": options.completions,
+    }
+    with _joined(options):
+        check_hosts(config, make_mesh(config.mesh), **asked)
+        run_evaluation(
+            config,
+            *_load(config, checkpoint),
+            checkpoint=checkpoint,
+            output=options.output or evaluation_directory(checkpoint),
+            **asked,
+        )
 
 
 def _compare_evaluations(options: argparse.Namespace) -> None:

@@ -33,21 +33,27 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def check_hosts(config: Config, mesh: Mesh) -> None:
+def check_hosts(config: Config, mesh: Mesh, **options: Any) -> None:
     """Refuses what several processes cannot do together.
 
+    Args:
+        config: of this process.
+        mesh: of this process.
+        options: what else all must have been asked for alike; JSON values.
+
     Raises:
-        UserError: their configs or versions of JAX differ, devices are left over, or prompts do
-            not divide.
+        UserError: their configs, options or versions of JAX differ, or devices are left over.
     """
     hosts = jax.process_count()
     if hosts == 1:
         return
-    said = gather_objects({"config": to_dict(config), "jax": jax.__version__})
-    for process, other in enumerate(said):
-        found = differences(from_dict(said[0]["config"]), from_dict(other["config"]))
-        if other["jax"] != said[0]["jax"]:
-            found["version of jax"] = (said[0]["jax"], other["jax"])
+    options["version of jax"] = jax.__version__
+    first, *others = gather_objects({"config": to_dict(config), "options": options})
+    for process, other in enumerate(others, start=1):
+        found = differences(from_dict(first["config"]), from_dict(other["config"]))
+        for name, value in first["options"].items():
+            if other["options"].get(name) != value:
+                found[name] = (value, other["options"].get(name))
         if found:
             listed = ", ".join(f"{name} {a!r} and {b!r}" for name, (a, b) in found.items())
             raise UserError(f"processes 0 and {process} have different configs: {listed}")
@@ -55,11 +61,6 @@ def check_hosts(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"the mesh has {mesh.size} places; with {hosts} processes it must have as many as "
             f"there are devices ({jax.device_count()})"
-        )
-    prompts = config.rollout.num_prompts
-    if prompts % hosts != 0:
-        raise UserError(
-            f"rollout.num_prompts is {prompts}; it must be a multiple of the {hosts} processes"
         )
 
 

@@ -135,11 +135,11 @@ def _train(
     config: Config, tokenizer: Tokenizer, pool: VerifierPool, progress: Progress
 ) -> dict[str, Any]:
     mesh, model = make_mesh(config.mesh), Model(config.model)
+    check_hosts(config, mesh)
     evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
     training = training_prompts(config, tokenizer)
     data = _share(config, training)
     directory = Path(config.run.directory)
-    check_hosts(config, mesh)
     of_first(lambda: open_directory(directory, config))
     if training.epoch is not None:
         progress.say(
@@ -199,11 +199,19 @@ def _train(
 
 
 def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[list[Prompt]]:
-    """This process's share of the prompts of every step."""
-    hosts = jax.process_count()
+    """This process's share of the prompts of every step.
+
+    Raises:
+        UserError: they do not divide.
+    """
+    hosts, prompts = jax.process_count(), config.rollout.num_prompts
+    if prompts % hosts != 0:
+        raise UserError(
+            f"rollout.num_prompts is {prompts}; it must be a multiple of the {hosts} processes"
+        )
     return iterate(
         training.prompts,
-        config.rollout.num_prompts // hosts,
+        prompts // hosts,
         host=jax.process_index(),
         num_hosts=hosts,
     )

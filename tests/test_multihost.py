@@ -3,6 +3,7 @@
 Real processes on this machine, connected by JAX's coordination service and gloo.
 """
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ import pytest
 from occ_jax.checkpoint import Checkpoints
 from occ_jax.cli import load_config, main
 from occ_jax.config import computation
+from occ_jax.evaluation.records import read_records
 from occ_jax.metrics import read_rows
 from occ_jax.models import Model
 from occ_jax.progress import Progress
@@ -42,17 +45,17 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Processes:
-    """The processes of one start of a run, each with its own standard error."""
+    """The processes of one start of a command, each with its own standard error."""
 
-    def __init__(self, directory: Path, extra=((), ()), ids=(0, 1), port=None, **options):
+    def __init__(self, directory: Path, command="train", extra=((), ()), ids=(0, 1), **options):
         self.directory = directory
-        address = f"127.0.0.1:{port or free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         options = {"initialization-timeout": 60, "heartbeat-timeout": SILENCE, **options}
         flags = [(f"--distributed.{name}", value) for name, value in options.items()]
         self.processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "run.py", "train", config_file(directory)),
+                    *(sys.executable, "run.py", command, config_file(directory)),
                     *overrides(directory),
                     *extra[number],
                     *("--distributed.coordinator", address, "--distributed.num-processes", "2"),
@@ -71,8 +74,11 @@ class Processes:
     def reach(self, step: int) -> None:
         """Returns when the checkpoint of a step is complete."""
         path = self.directory / "run" / "checkpoints" / str(step) / "manifest.json"
+        self.until(path.exists)
+
+    def until(self, there: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 180
-        while not path.exists():
+        while not there():
             assert all(process.poll() is None for process in self.processes), self.end()
             assert time.monotonic() < deadline, "the run makes no progress"
             time.sleep(0.005)
@@ -279,10 +285,55 @@ def test_blocks_travel_between_hosts_and_devices_wherever_the_mesh_puts_them(tmp
         assert process.returncode == 0, said
 
 
+def test_two_processes_evaluate_as_one_does_and_go_on_when_one_was_killed(one_process):
+    asked = ["--checkpoint", str(one_process / "run"), "--prompts", "300", "--samples", "4"]
+    ours = [*asked, "--completions", "--output", str(one_process / "evaluation")]
+    assert main(["evaluate", str(config_file(one_process)), *overrides(one_process), *ours]) == 0
+
+    directory = one_process.parent / "evaluated"
+    directory.mkdir()
+    asked += ["--completions", "--output", str(directory)]
+    path = directory / "reverse_digits.jsonl"
+    run = Processes(directory, "evaluate", (asked, asked))
+    run.until(lambda: path.exists() and path.read_bytes().count(b"\n") > 20)
+    run.processes[1].kill()
+    (status, lines), (killed, said) = run.end()
+    assert (status, killed, said) == (3, -signal.SIGKILL, [])
+    assert len(lines) == 1 and lines[0].startswith("error: process 1 has ")
+    held = path.read_bytes()
+    assert held.count(b"\n") < 301 and not (directory / "summary.json").exists()
+    assert Processes(directory, "evaluate", (asked, asked)).end() == [(0, []), (0, [])]
+    assert path.read_bytes().startswith(held)
+
+    (header, found), (wanted_header, wanted) = map(
+        read_records, (path, one_process / "evaluation" / path.name)
+    )
+    assert header == wanted_header and len(found) == len(wanted) == 300
+    for one, other in zip(found, wanted, strict=True):
+        assert one.figures == pytest.approx(other.figures, rel=1e-5)
+        assert one._replace(figures={}) == other._replace(figures={})
+    (ours_told, theirs_told) = (
+        json.loads((output / "summary.json").read_text())["sets"]["reverse_digits"]["avg@4"]
+        for output in (one_process / "evaluation", directory)
+    )
+    assert ours_told == theirs_told and 0 < ours_told["mean"] < 1
+
+
+def test_processes_that_evaluate_differently_say_in_what(one_process):
+    directory = one_process.parent / "evaluated_differently"
+    directory.mkdir()
+    asked = ["--checkpoint", str(one_process / "run"), "--output", str(directory / "out")]
+    run = Processes(directory, "evaluate", (asked, [*asked, "--samples", "8"]))
+    for status, lines in run.end():
+        assert status in (2, 3) and len(lines) == 1
+        assert "processes 0 and 1 have different configs: num_samples 16 and 8" in lines[0]
+    assert not (directory / "out").exists()
+
+
 def test_other_commands_are_of_one_process(tmp_path, capsys):
-    arguments = ["evaluate", str(config_file(tmp_path)), "--checkpoint", "runs"]
+    arguments = ["generate", str(config_file(tmp_path)), "--checkpoint", "runs"]
     assert main([*arguments, "--distributed.auto"]) == 2
-    expected = "error: evaluate runs in one process; --distributed.* is for train\n"
+    expected = "error: generate runs in one process; --distributed.* is for train and evaluate\n"
     assert capsys.readouterr().err == expected
 
 

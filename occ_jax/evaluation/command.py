@@ -23,6 +23,7 @@ from occ_jax.evaluation.evaluate import call_of, evaluate, set_key
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
+from occ_jax.hosts import is_first, of_first
 from occ_jax.models.huggingface.files import is_pretrained
 from occ_jax.models.model import Model
 from occ_jax.progress import Progress
@@ -65,6 +66,8 @@ def run_evaluation(
 ) -> None:
     """Evaluates on every set, prints the table and keeps it beside the records.
 
+    Of several processes all sample and judge, and the first writes and prints.
+
     Args:
         config: sets, sampling and verifiers.
         model: the architecture.
@@ -96,14 +99,18 @@ def run_evaluation(
             params,
             sets,
             pool,
-            Progress(),
+            Progress(quiet=not is_first()),
             num_samples=num_samples,
             keep_completions=keep_completions,
         )
-    figures = {"checkpoint": str(checkpoint), **report.evaluation_report(found, ks)}
-    cells = report.evaluation_cells(figures)
-    _write(output, "summary", figures, cells, f"# {checkpoint}", report.NOTE)
-    print(f"records, summary.json and summary.md in {output}")
+
+    def conclude() -> None:
+        figures = {"checkpoint": str(checkpoint), **report.evaluation_report(found, ks)}
+        cells = report.evaluation_cells(figures)
+        _write(output, "summary", figures, cells, f"# {checkpoint}", report.NOTE)
+        print(f"records, summary.json and summary.md in {output}")
+
+    of_first(conclude)
 
 
 def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> None:
@@ -160,7 +167,7 @@ def _evaluate_into(
 ) -> dict[str, list[Record]]:
     """Evaluates on every set with the records kept in `directory`/<set>.jsonl.
 
-    Started again it goes on where it was.
+    Started again it goes on where it was. Of several processes the first has all records.
 
     Raises:
         UserError: the directory holds records of other parameters, questions or settings.
@@ -173,7 +180,7 @@ def _evaluate_into(
             files[name] = RecordFile(directory / f"{name}.jsonl", header, prompts)
         found: dict[str, list[Record]] = {}
         for name, prompts in sets.items():
-            held = len(files[name].records)
+            held = files[name].held
             if 0 < held < len(prompts):
                 progress.say(f"{name}: going on after {held:,} of {len(prompts):,} questions")
             with progress.steps(name, len(prompts), held) as step:

@@ -52,7 +52,7 @@ def evaluate(
     keep_completions: bool = False,
     show: Callable[[list[Record]], None] = lambda _: None,
 ) -> list[Record]:
-    """Answers the prompts of one set, as far as `file` does not hold the answers.
+    """Answers the prompts of one set, as far as `file` did not hold the answers.
 
     Args:
         model: the architecture.
@@ -69,7 +69,8 @@ def evaluate(
         show: is told the records there are, now and then.
 
     Returns:
-        Q records, in the order of the questions.
+        Q records, in the order of the questions; without those that `file` held on processes that
+        do not have it.
     """
 
     def judge(part: Sequence[Prompt], tokens: np.ndarray) -> Judged:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from occ_jax.types import Params
@@ -22,7 +22,9 @@ def fingerprint(params: Params) -> str:
     the parameters are sharded. It guards against mistakes, not against malice.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = np.asarray(_weighted_bits([leaf for _, leaf in leaves]))
+    sums = multihost_utils.process_allgather(
+        _weighted_bits([leaf for _, leaf in leaves]), tiled=True
+    )
     digest = hashlib.sha256()
     for (path, leaf), pair in zip(leaves, sums.tolist(), strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {pair}\n".encode())

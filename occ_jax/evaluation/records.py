@@ -19,6 +19,7 @@ import numpy as np
 
 from occ_jax.data.examples import Prompt
 from occ_jax.errors import UserError, one_line
+from occ_jax.hosts import of_first
 from occ_jax.rewards.pool import Judged
 
 _FORMAT = "occ_jax evaluation, version 1"
@@ -50,7 +51,11 @@ class Record(NamedTuple):
 
 
 class RecordFile:
-    """The records of one policy on one set; appended to as they come."""
+    """The records of one policy on one set; appended to as they come.
+
+    Of several processes the first has the file and what is in it. All know how many records it
+    `held` when it was opened.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any], prompts: Sequence[Prompt]) -> None:
         """Opens the file, or makes it.
@@ -64,32 +69,49 @@ class RecordFile:
             UserError: it holds the records of something else, is damaged or cannot be written.
         """
         self._path = path
+        self._file: IO[str] | None = None
+        self.records: list[Record] = []
         header = {"format": _FORMAT, **header, **_questions(prompts)}
-        header = json.loads(json.dumps(header))  # as it is read back: tuples are lists
+        # As it is read back: tuples are lists.
+        self.held = of_first(lambda: self._open(json.loads(json.dumps(header))))
+
+    def _open(self, header: dict[str, Any]) -> int:
+        path = self._path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             found = _read(path) if path.exists() else None
             if found is not None:
                 _require_same(path, found[0], header)
-            self.records = found[1] if found is not None else []
+                self.records = found[1]
             lines = [header, *(record._asdict() for record in self.records)]
             # Anew, without the line that a kill cut short.
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             os.replace(partial, path)
-            self._file: IO[str] = path.open("a")
+            self._file = path.open("a")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        return len(self.records)
 
     def append(self, records: Sequence[Record]) -> None:
-        """Adds records; they are on disk when it returns."""
-        self._file.write("".join(json.dumps(record._asdict()) + "\n" for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Adds records; they are on disk when it returns.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.write("".join(json.dumps(record._asdict()) + "\n" for record in records))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}") from error
         self.records.extend(records)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def ask(
@@ -104,7 +126,7 @@ def ask(
     own: Callable[[int], slice] = slice,
     gather: Callable[[list[Record]], list[Record]] = lambda records: records,
 ) -> list[Record]:
-    """Samples and judges answers to all questions that `file` does not hold yet.
+    """Samples and judges answers to all questions that `file` did not hold.
 
     Args:
         prompts: Q questions.
@@ -120,13 +142,14 @@ def ask(
         gather: the records of all processes from those of this one; one process has them all.
 
     Returns:
-        Q records, in the order of the questions.
+        Q records, in the order of the questions; without those that `file` held on processes that
+        do not have it.
     """
     records = list(file.records) if file is not None else []
+    held = file.held if file is not None else 0
     for start in range(0, len(prompts), chunk):
         part = prompts[start : start + chunk]
-        held = max(0, len(records) - start)
-        if held >= len(part):
+        if start + len(part) <= held:
             continue
         answers = sample(part, start)
         mine = part[own(chunk)]
@@ -137,7 +160,7 @@ def ask(
                 _record(prompt, answer, judged, place, keep_completions)
                 for place, (prompt, answer) in enumerate(zip(mine, answers, strict=True))
             ]
-        fresh = gather(made)[held:]
+        fresh = gather(made)[max(0, held - start) :]
         if file is not None:
             file.append(fresh)
         records += fresh
