@@ -213,8 +213,8 @@ def gathered(params: Params, dtype: Any) -> Params:
     """A layer's parameters as its products read them: split by `tensor` alone.
 
     Said here and not left to XLA's partitioner, which meets an axis twice in a product, in the rows
-    of one operand and in the summed dimension of the other, and has more than one way out: some of
-    them cost more than the weights' way over the links, and some (jax 0.10) give wrong numbers.
+    of one operand and in the summed dimension of the other, and has more than one way out, some of
+    which cost more than the weights' way over the links (docs/sharding.md).
     Gradients are added up where the parameter is stored, in the type they are worked out in.
 
     Args:
