@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -165,6 +166,24 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(mesh, names, x.shape))
+
+
+def for_every_place(x: Array, count: int, *names: str | None) -> Array:
+    """A copy of `x` for each of the P places that `count` rows lie over, [P, ...].
+
+    For what rows read in a loop: what a place's rows give to the gradient adds up in its own copy,
+    and the places' once, after the loop. Of one `x` for all they would be added up in every turn.
+
+    Args:
+        x: lies whole on every place of rows.
+        count: of the rows.
+        names: what the dimensions of `x` are called.
+    """
+    mesh, places = current_mesh(), 1
+    if mesh is not None:
+        lying = NamedSharding(mesh, spec_of(mesh, ("rows",), (count,)))
+        places = count // lying.shard_shape((count,))[0]
+    return constrain(jnp.broadcast_to(x, (places, *x.shape)), "rows", *names)
 
 
 def spec_of(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int]) -> P:

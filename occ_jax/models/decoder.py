@@ -60,15 +60,6 @@ class Ends(nnx.Module):
         if not config.tie_embeddings:
             self.head = linear(config, config.hidden_size, config.vocab_size, rngs)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The output head; products add up and stay in float32, whatever the operands' type."""
-        dtype = jnp.dtype(self.config.dtype)
-        tied = self.config.tie_embeddings
-        kernel = self.embed.embedding[...].T if tied else self.head.kernel[...]
-        flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
-        out = jnp.dot(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
-        return constrain(out.reshape(*hidden.shape[:-1], -1), "rows", None, "vocabulary")
-
     def embeddings(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embedding."""
         table = self.embed.embedding[...].astype(self.config.dtype)
@@ -118,6 +109,29 @@ def ends(config: ModelConfig, theta: Params) -> Ends:
     """Embedding, final norm and head of a trunk."""
     own = {name: part for name, part in theta.items() if name != "layers"}
     return nnx.merge(graph(Ends, config), gathered(own, config.dtype))
+
+
+def output_head(config: ModelConfig, theta: Params) -> Float[Array, "D V"]:
+    """The matrix of the output head; the embedding's transpose where they are tied."""
+    frame = ends(config, theta)
+    return frame.embed.embedding[...].T if config.tie_embeddings else frame.head.kernel[...]
+
+
+def read_head(
+    config: ModelConfig, heads: Float[Array, "P D V"], hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Logits, float32: products add up and stay in it, whatever the operands' type.
+
+    Args:
+        config: `dtype` is that of the products.
+        heads: the output head, or P copies of it of which each is read by B/P rows in a row.
+        hidden: states after a final norm.
+    """
+    dtype = jnp.dtype(config.dtype)
+    heads = constrain(heads.astype(dtype), "rows", None, "vocabulary")
+    dealt = hidden.reshape(heads.shape[0], -1, hidden.shape[-1]).astype(dtype)
+    out = jnp.matmul(dealt, heads, preferred_element_type=jnp.float32)
+    return constrain(out.reshape(*hidden.shape[:-1], -1), "rows", None, "vocabulary")
 
 
 def run_trunk(

@@ -25,6 +25,8 @@ from occ_jax.models.decoder import (
     graph,
     init_module,
     init_trunk,
+    output_head,
+    read_head,
     run_trunk,
 )
 from occ_jax.models.layers import whole_tiles
@@ -88,7 +90,7 @@ class Model:
 
     def logits(self, theta: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head on states after a final norm, float32."""
-        return ends(self.config, theta).logits(hidden)
+        return read_head(self.config, output_head(self.config, theta)[None], hidden)
 
     def embed(self, theta: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embedding, as the trunk and the MTP modules read it."""

@@ -7,6 +7,7 @@ no shifting of masks, whatever the depth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from occ_jax.models.decoder import output_head, read_head
 from occ_jax.models.distributions import entropy, soft_cross_entropy, token_log_probs
 from occ_jax.models.layers import whole_tiles
 from occ_jax.models.model import Model
+from occ_jax.sharding import for_every_place
 from occ_jax.types import Params
 
 
@@ -128,9 +131,10 @@ def score_tokens(
         tokens: int32, the token each state is asked about.
         temperature: divides the logits.
     """
+    logits_of = _head_reader(model, theta, hidden.shape[0])
 
     def score(hidden: Array, tokens: Array) -> TokenScores:
-        logits = model.logits(theta, hidden) / temperature
+        logits = logits_of(hidden) / temperature
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return TokenScores(token_log_probs(logits, tokens), entropy(logits), best)
 
@@ -153,13 +157,24 @@ def distillation_losses(
         student: states whose distribution q is fitted to it.
         temperature: divides both logits.
     """
+    logits_of = _head_reader(model, theta, student.shape[0])
 
     def loss(teacher: Array, student: Array) -> Array:
         return soft_cross_entropy(
-            model.logits(theta, teacher) / temperature, model.logits(theta, student) / temperature
+            logits_of(teacher) / temperature, logits_of(student) / temperature
         )
 
     return _by_columns(model, loss, teacher, student)
+
+
+def _head_reader(model: Model, theta: Params, count: int) -> Callable[[Array], Array]:
+    """Logits of `count` rows of states, whatever columns; between devices the head travels once.
+
+    What columns add to its gradient adds up in float32, where they lie.
+    """
+    head = output_head(model.config, theta).astype(jnp.float32)
+    heads = for_every_place(head, count, None, "vocabulary")
+    return functools.partial(read_head, model.config, heads)
 
 
 _Result = TypeVar("_Result")
