@@ -26,6 +26,8 @@ from occ_jax.model_config import (
     MoEConfig,
 )
 from occ_jax.models.model import Model
+from occ_jax.models.scoring import score_tokens
+from occ_jax.planning.hlo import collective_bytes
 from occ_jax.rl import gradients
 from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
 from occ_jax.sharding import abstract, make_mesh, on_mesh, replicated, rows, state_shardings
@@ -318,6 +320,25 @@ def test_a_mesh_that_does_not_divide_the_model_is_one_clear_line(mesh, changes, 
         enough = dataclasses.replace(config.rollout, num_prompts=64 if "data" not in mesh else 8)
         dataclasses.replace(config, rollout=enough, mesh=MeshConfig(**mesh))
     assert str(error.value) == message
+
+
+def test_a_head_read_in_pieces_travels_as_often_as_one_read_at_once():
+    """Weights there and gradients back, whatever the number of pieces that read them."""
+    mesh, batch = make_mesh(MeshConfig(fsdp=4, tensor=2)), make_batch()
+    hidden = jax.ShapeDtypeStruct((B, R, 16), jnp.float32, sharding=rows(mesh))
+
+    def sent(columns):
+        model = Model(dataclasses.replace(DENSE, logits_columns=columns))
+
+        def loss(theta, hidden):
+            return jnp.sum(score_tokens(model, theta, hidden, batch.tokens[:, P:]).log_probs)
+
+        shapes = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0))["trunk"])
+        gradient = jax.jit(on_mesh(mesh, jax.grad(loss, argnums=(0, 1))))
+        return collective_bytes(gradient.lower(shapes, hidden).compile().as_text())
+
+    once, pieces = (sum(sent(columns).values()) for columns in (0, 1))
+    assert 0 < pieces <= 1.1 * once
 
 
 def test_parameters_are_drawn_where_they_lie():
