@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import json_text, write_json
-from occ_jax.hosts import of_first
+from occ_jax.hosts import is_first, of_first
 from occ_jax.types import Params, TrainState
 
 _STEP = re.compile(r"\d+")
@@ -52,7 +52,7 @@ class Checkpoints:
         """
         self._keep, self._keep_every = keep, keep_every
         self._closing: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: UserError | None = None
         # Which ones go is decided here, as orbax would delete the last complete one before the
         # manifest of its successor is there.
         self._manager = ocp.CheckpointManager(
@@ -65,8 +65,15 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif jax.process_count() == 1:
+            with suppress(UserError):
+                self.close()
+        else:
+            # Deleting and closing take all processes, of which the others may be anywhere.
+            self._join()
 
     def steps(self) -> list[int]:
         """What is there, in order; the newest may be under way."""
@@ -81,7 +88,7 @@ class Checkpoints:
             prompts_drawn: by all processes, since the run began.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: it, or the one before, could not be written.
         """
         self.wait()
         rest = {
@@ -89,14 +96,17 @@ class Checkpoints:
             "step": state.step,
             "key": jax.random.key_data(state.key),
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave({"prompts_drawn": prompts_drawn}),
-            ),
-        )
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    rest=ocp.args.StandardSave(rest),
+                    data=ocp.args.JsonSave({"prompts_drawn": prompts_drawn}),
+                ),
+            )
+        except Exception as error:
+            raise _unwritten(self._path(step), error) from error
         self._closing = threading.Thread(target=self._finish, args=(step,), name="close checkpoint")
         self._closing.start()
 
@@ -141,16 +151,11 @@ class Checkpoints:
         Raises:
             UserError: it could not be written.
         """
-        if self._closing is None:
+        if not self._join():
             return
-        self._closing.join()
-        self._closing = None
-        steps = self.steps()
         if self._failure is not None:
-            raise UserError(
-                f"the checkpoint {self._path(steps[-1])} could not be written "
-                f"({type(self._failure).__name__}: {one_line(self._failure)})"
-            ) from self._failure
+            raise self._failure
+        steps = self.steps()
         for step in steps[: -self._keep]:
             if self._keep_every == 0 or step % self._keep_every != 0:
                 self._manager.delete(step)
@@ -167,31 +172,53 @@ class Checkpoints:
             with suppress(Exception):  # it would raise again what `wait` has raised
                 self._manager.close()
 
+    def _join(self) -> bool:
+        """Waits for the last checkpoint; whether there was one to wait for."""
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.join()
+        return closing is not None
+
     def _path(self, step: int) -> Path:
         return Path(self._manager.directory) / str(step)
 
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():
                 _close(self._path(step))
         except Exception as error:  # of a full disk, or a lost one
-            self._failure = error
+            self._failure = _unwritten(self._path(step), error)
+            self._failure.__cause__ = error
 
 
 def save_params(directory: Path, params: Params, about: dict[str, Any] | None = None) -> None:
-    """Writes parameters alone as item "params" of a checkpoint, and JSON files beside it."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            directory.absolute(),
-            args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
-            force=True,
-        )
-    if jax.process_index() == 0:
-        for name, value in (about or {}).items():
-            write_json(directory / name, value)
-        _close(directory)
+    """Writes parameters alone as item "params" of a checkpoint, and JSON files beside it.
+
+    Raises:
+        UserError: they could not be written.
+    """
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                directory.absolute(),
+                args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
+                force=True,
+            )
+        if is_first():
+            for name, value in (about or {}).items():
+                write_json(directory / name, value)
+            _close(directory)
+    except Exception as error:
+        raise _unwritten(directory, error) from error
     ocp.multihost.sync_global_processes(f"closed {directory}")
+
+
+def _unwritten(directory: Path, error: Exception) -> UserError:
+    return UserError(
+        f"the checkpoint {directory} could not be written "
+        f"({type(error).__name__}: {one_line(error)})"
+    )
 
 
 def restore_params(directory: Path, like: Params) -> Params:

@@ -16,6 +16,7 @@ import io
 import math
 import re
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -26,7 +27,7 @@ from occ_jax import distributed
 from occ_jax.config import Config, differences
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError, one_line
-from occ_jax.runtime import keep_freed_memory
+from occ_jax.runtime import hold_back_orbax, keep_freed_memory
 
 if TYPE_CHECKING:
     from occ_jax.data.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     keep_freed_memory()
+    hold_back_orbax()
     try:
         return _parse(list(arguments))() or 0
     except UserError as error:
@@ -284,7 +286,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--devices", type=_positive, metavar="N", help="N devices of the CPU's compiler instead"
     )
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="memory of one of them, to compare with"
+        "--memory", type=_gib, metavar="GIB", help="memory of one of them, to compare with"
     )
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PROGRAM", help="of rollout, mini-batches, update"
@@ -339,6 +341,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gib(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return size
+
+
 def _add_distributed(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes, on one machine or many (docs/pods.md)",
@@ -361,36 +373,39 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     several.add_argument(
         "--distributed.initialization-timeout",
         type=_positive,
-        default=120,
         metavar="SECONDS",
         help="in which all must have started (120)",
     )
     several.add_argument(
         "--distributed.heartbeat-timeout",
         type=_positive,
-        default=60,
         metavar="SECONDS",
         help="of silence after which a process is taken for dead (60)",
     )
 
 
 @contextlib.contextmanager
-def _joined(options: argparse.Namespace) -> Generator[None]:
-    """Connected to the other processes, if there are to be any."""
+def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
+    """Connected to the other processes, if there are to be any.
+
+    `asks`: whether JAX's preemption service is asked for the SIGTERMs that it takes.
+    """
     given = {
         name.removeprefix("distributed.").replace("-", "_"): value
         for name, value in vars(options).items()
         if name.startswith("distributed.")
     }
-    if given["auto"] or given["coordinator"] or distributed.in_environment():
+    if any(given.values()) or given["process_id"] == 0 or distributed.in_environment():
         with distributed.joined(distributed.read_options(**given)):
+            if not asks:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             yield
     else:
         yield
 
 
 def _train(config: Config, options: argparse.Namespace) -> None:
-    with _joined(options):
+    with _joined(options, asks=True):
         _train_here(config)
 
 
@@ -485,15 +500,21 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
     for k in options.k:
         if k > options.samples:
             raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
-    checkpoint = Path(options.checkpoint)
     asked: dict[str, Any] = {
         "num_prompts": options.prompts,
         "num_samples": options.samples,
         "ks": options.k or [options.samples],
         "keep_completions": options.completions,
     }
-    with _joined(options):
-        check_hosts(config, make_mesh(config.mesh), **asked)
+    with _joined(options, asks=False):
+        check_hosts(
+            config,
+            make_mesh(config.mesh),
+            **asked,
+            checkpoint=options.checkpoint,
+            output=str(options.output),
+        )
+        checkpoint = _newest(Path(options.checkpoint))
         run_evaluation(
             config,
             *_load(config, checkpoint),
@@ -550,7 +571,7 @@ def _generate(config: Config, options: argparse.Namespace) -> None:
 
     if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
-    model, tokenizer, params = _load(config, Path(options.checkpoint))
+    model, tokenizer, params = _load(config, _newest(Path(options.checkpoint)))
     between = "\n\n" if config.dataset.name else ""
     for prompt, completion in generate(
         model,
@@ -563,9 +584,18 @@ def _generate(config: Config, options: argparse.Namespace) -> None:
         print(f"{prompt}{between}{completion}{between}")
 
 
-def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
+def _newest(path: Path) -> Path:
+    """The checkpoint that a path stands for, the same for all processes."""
+    from occ_jax.checkpoint import find_checkpoint
+    from occ_jax.hosts import of_first
+
+    # A run that still trains may have another one by the time the next process looks.
+    return path if _is_pretrained(path) else Path(of_first(lambda: str(find_checkpoint(path))))
+
+
+def _load(config: Config, checkpoint: Path) -> tuple[Model, Tokenizer, Params]:
     """The parameters of a checkpoint, after checking that they are of the configured model."""
-    from occ_jax.checkpoint import find_checkpoint, restore_params
+    from occ_jax.checkpoint import restore_params
     from occ_jax.config import computation
     from occ_jax.data.tokenizer import model_tokenizer
     from occ_jax.models import Model, load_pretrained
@@ -575,10 +605,11 @@ def _load(config: Config, path: Path) -> tuple[Model, Tokenizer, Params]:
 
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)
-    if _is_pretrained(path):
-        model, params = load_pretrained(path, config=config.model, mesh=make_mesh(config.mesh))
+    if _is_pretrained(checkpoint):
+        model, params = load_pretrained(
+            checkpoint, config=config.model, mesh=make_mesh(config.mesh)
+        )
         return model, tokenizer, params
-    checkpoint = find_checkpoint(path)
     owner = checkpoint.parent.parent
     if (owner / "config.json").exists():
         trained = load_config(owner)

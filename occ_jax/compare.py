@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from occ_jax.config import AlgorithmConfig, Config, MTPConfig
+from occ_jax.errors import UserError
 from occ_jax.files import write_json
 from occ_jax.metrics import Row, read_rows
 from occ_jax.progress import Progress
@@ -46,6 +47,9 @@ def compare(config: Config, *, seeds: int, exact: bool, progress: Progress) -> s
 
     Returns:
         The table, Markdown, and where the figures are.
+
+    Raises:
+        UserError: a run was stopped, or refused.
     """
     root = Path(f"{config.run.directory}-compare")
     compared = variants(config, exact=exact)
@@ -58,7 +62,11 @@ def compare(config: Config, *, seeds: int, exact: bool, progress: Progress) -> s
             directory = root / name.replace("/", "-") / f"seed{seed}"
             progress.say(f"[{done}/{total}] {name} seed {seed}")
             run = dataclasses.replace(variant.run, directory=str(directory), seed=seed)
-            train(dataclasses.replace(variant, run=run), progress)
+            reached = train(dataclasses.replace(variant, run=run), progress)["step"]
+            if reached < run.steps:
+                raise UserError(
+                    f"stopped at step {reached} of {name} seed {seed}; start again to go on"
+                )
             runs[name].append(read_rows(directory / "metrics.jsonl"))
     records = comparison(runs)
     table = comparison_table(records)

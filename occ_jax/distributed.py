@@ -63,8 +63,8 @@ def requested(arguments: Sequence[str]) -> bool:
 
 
 def in_environment() -> bool:
-    """Whether the environment names a coordinator."""
-    return _ENVIRONMENT[0] in os.environ
+    """Whether the environment names a coordinator, a number of processes or one of them."""
+    return any(name in os.environ for name in _ENVIRONMENT)
 
 
 def read_options(
@@ -73,14 +73,16 @@ def read_options(
     num_processes: int | None,
     process_id: int | None,
     auto: bool,
-    initialization_timeout: int,
-    heartbeat_timeout: int,
+    initialization_timeout: int | None,
+    heartbeat_timeout: int | None,
 ) -> Distributed:
     """Flags, completed by the environment and checked.
 
     Raises:
         UserError: some of the three are missing, or contradict each other.
     """
+    initialization_timeout = initialization_timeout or 120
+    heartbeat_timeout = heartbeat_timeout or 60
     if auto and coordinator is None:
         return Distributed(None, None, None, initialization_timeout, heartbeat_timeout)
     values: dict[str, Any] = {
@@ -118,6 +120,8 @@ def supervise(run: Callable[[], int]) -> int:
         status = 1
         try:
             status = run()
+        except SystemExit as stop:  # of --help
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
             traceback.print_exc()
         with contextlib.suppress(OSError, ValueError):
@@ -136,7 +140,7 @@ def supervise(run: Callable[[], int]) -> int:
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar hides
     words = bytes(_last_words).rstrip(b"\0").decode()
-    if status == -signal.SIGABRT and words:
+    if status == -signal.SIGABRT and words and held:
         print(f"error: {words}", file=sys.stderr)
         return _ANOTHER_ENDED
     sys.stderr.buffer.write(b"".join(held))
@@ -177,16 +181,25 @@ def joined(options: Distributed) -> Generator[None]:
     watch = _Watch(options.heartbeat_timeout)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        watch.blame()
-        watch.leave(one_line(error))
-        raise
     except BaseException as error:
-        watch.leave(one_line(error) if isinstance(error, UserError) else type(error).__name__)
+        if _of_a_collective(error):
+            watch.blame()
+        watch.leave(one_line(error) if isinstance(error, Exception) else type(error).__name__)
         raise
     watch.finish()
     _mean("the other processes did not end")
     jax.distributed.shutdown()
+
+
+def _of_a_collective(error: BaseException | None) -> bool:
+    """Whether an error may be another process's: JAX's runtime raised it, or what it led to."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _start(options: Distributed) -> None:
@@ -210,7 +223,8 @@ def _start(options: Distributed) -> None:
             num_processes=options.num_processes,
             process_id=options.process_id,
             initialization_timeout=seconds,
-            heartbeat_timeout_seconds=options.heartbeat_timeout + int(_GRACE_S),
+            # JAX takes silence of half as long for death already.
+            heartbeat_timeout_seconds=2 * (options.heartbeat_timeout + int(_GRACE_S)),
             # With an address there is nothing to be found out, and no host to be asked.
             cluster_detection_method="deactivate" if address else None,
         )

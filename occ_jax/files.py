@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all."""
+"""Files that a reader sees whole or not at all, after a power cut as well."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"
+"""How the name of a file ends that is being written."""
+
 
 def json_text(value: Any) -> str:
     """What `write_json` writes."""
@@ -14,7 +17,15 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json_text(value))
+    """Writes a JSON file so that a reader sees all of it or none; on disk when it returns."""
+    temporary = path.with_name(path.name + PARTIAL)
+    with temporary.open("w") as file:
+        file.write(json_text(value))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

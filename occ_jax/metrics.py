@@ -8,62 +8,97 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.summary import scalar
 
+from occ_jax.errors import UserError
 from occ_jax.tracking import Charts
 
 Row = dict[str, Any]
 
 
 class RunLog:
-    """Open files of a run directory."""
+    """Open files of a run directory; a context manager.
+
+    All of its methods raise `UserError` where the directory cannot be written.
+    """
 
     def __init__(self, directory: Path, resume_step: int, charts: Charts | None = None) -> None:
         """Opens, and drops rows of steps after `resume_step`; -1 for a fresh run."""
-        self._charts = charts
-        self._metrics = _open_after(directory / "metrics.jsonl", resume_step)
-        self._samples = _open_after(directory / "samples.jsonl", resume_step)
-        self._events = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
-        )
+        self._directory, self._charts = directory, charts
+        with self._writable():
+            self._metrics = _open_after(directory / "metrics.jsonl", resume_step)
+            self._samples = _open_after(directory / "samples.jsonl", resume_step)
+            (directory / "tensorboard").mkdir(exist_ok=True)
+            # In this thread: of tensorboardX's own one that a full disk ends, others wait for ever.
+            self._events = EventsWriter(str(directory / "tensorboard" / "events"))
+            begin = {"wall_time": time.time(), "step": resume_step + 1}
+            self._events.write_event(Event(**begin, file_version="brain.Event:2"))
+            start = SessionLog(status=SessionLog.START)  # later steps of earlier files are void
+            self._events.write_event(Event(**begin, session_log=start))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What broke the run is said, not what follows from it.
+        with suppress(UserError) if kind is not None else nullcontext():
+            self.close()
 
     def write(self, row: Row) -> None:
         """Appends one step; numbers also become TensorBoard scalars and charts."""
-        self._metrics.write(json.dumps(row) + "\n")
         scalars = {
             name: value
             for name, value in row.items()
             if isinstance(value, int | float) and name != "step"
         }
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, row["step"])
+        with self._writable():
+            self._metrics.write(json.dumps(row) + "\n")
+            now = {"wall_time": time.time(), "step": row["step"]}
+            for name, value in scalars.items():
+                self._events.write_event(Event(**now, summary=scalar(name, value)))
         if self._charts is not None:
             self._charts.write(row["step"], scalars)
 
     def write_samples(self, samples: Iterable[Row]) -> None:
         """Appends completions."""
-        for sample in samples:
-            self._samples.write(json.dumps(sample) + "\n")
+        with self._writable():
+            for sample in samples:
+                self._samples.write(json.dumps(sample) + "\n")
 
     def flush(self) -> None:
         """Returns when everything written is on disk."""
-        for file in (self._metrics, self._samples):
-            file.flush()
-            os.fsync(file.fileno())
-        self._events.flush()
+        with self._writable():
+            for file in (self._metrics, self._samples):
+                file.flush()
+                os.fsync(file.fileno())
+            self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes."""
         self.flush()
-        self._metrics.close()
-        self._samples.close()
-        self._events.close()
+        with self._writable():
+            self._metrics.close()
+            self._samples.close()
+            self._events.close()
         if self._charts is not None:
             self._charts.close()
+
+    @contextmanager
+    def _writable(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the log of the run in {self._directory} cannot be written: {error.strerror}"
+            ) from error
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ from occ_jax.data.tasks import completion_tokens, prompt_tokens
 from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluation.evaluate import evaluate_sets
-from occ_jax.files import write_json
+from occ_jax.files import PARTIAL, write_json
 from occ_jax.hosts import check_hosts, fold_in, is_first, of_first
 from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.huggingface.load import read_layout
@@ -63,6 +63,11 @@ _MAY_CHANGE = {
     "dataset.directory",
     "reward.workers",
     "rollout.max_rounds",
+    "rollout.gather_weights",
+    "model.remat",
+    "model.attention_kernel",
+    "model.attention_columns",
+    "model.logits_columns",
     "run.directory",
     "run.steps",
     "run.checkpoint_every",
@@ -115,7 +120,8 @@ def train(config: Config, progress: Progress) -> dict[str, Any]:
         progress: shows what goes on.
 
     Returns:
-        The summary, as written to summary.json.
+        The summary, as written to summary.json; its "step" is less than `run.steps` where the run
+        was stopped.
 
     Raises:
         UserError: config and task do not fit, the directory holds another run or cannot be written,
@@ -183,12 +189,11 @@ def _train(
         log,
         pool,
     )
-    try:
-        _steps(run, state, found, progress)
-    finally:
-        if log is not None:
-            log.close()
-        checkpoints.close()
+    # Asked to stop while it ends, it ends.
+    with _stop_requests() as stop, checkpoints, log if log is not None else nullcontext():
+        stopped = _steps(run, state, found, progress, stop)
+    if stopped is not None:
+        progress.say(f"stopped at step {stopped} of {config.run.steps}; start again to go on")
 
     def summarise() -> dict[str, Any]:
         summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
@@ -217,8 +222,14 @@ def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[l
     )
 
 
-def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) -> None:
-    """All steps that are left; returns early, checkpoint begun, on SIGTERM or Ctrl-C."""
+def _steps(
+    run: _Run,
+    state: TrainState,
+    found: int | None,
+    progress: Progress,
+    stop: Callable[[int], bool],
+) -> int | None:
+    """All steps that are left; the last one, its checkpoint begun, where `stop` was asked for."""
     config, total = run.config.run, run.config.run.steps
     skipped = 0
     watched: Row = {}
@@ -229,7 +240,6 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
     pending: _Pending | None = None
     with (
         progress.steps(run.config.mtp.regime, total, found or 0) as show,
-        _stop_requests() as stop,
         jax.transfer_guard("disallow"),  # what goes to or from the devices here says so
     ):
         for step in range((found or 0) + 1, total + 1):
@@ -261,8 +271,8 @@ def _steps(run: _Run, state: TrainState, found: int | None, progress: Progress) 
             if saves:
                 _save(run, state, step, _drawn(run))
             if stopping:
-                progress.say(f"stopped at step {step} of {total}; start again to go on")
-                return
+                return step
+    return None
 
 
 def _save(run: _Run, state: TrainState, step: int, prompts_drawn: int) -> None:
@@ -444,7 +454,7 @@ def open_directory(directory: Path, config: Config) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if saved.exists():
             _check_same_run(directory, load_config(directory), config)
-        elif any(directory.iterdir()):
+        elif any(not path.name.endswith(PARTIAL) for path in directory.iterdir()):
             raise UserError(
                 f"{directory} is not empty and holds no run; choose another --run.directory"
             )
@@ -493,6 +503,11 @@ def same_directory(old: str, new: str) -> bool:
 
 def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:
     evaluated = [row for row in rows if "val/accuracy" in row]
+    if not evaluated:
+        raise UserError(
+            f"{config.run.directory}/metrics.jsonl holds no evaluation of this run: it was deleted "
+            "or damaged"
+        )
     before, after = (
         {k: v for k, v in row.items() if k.startswith("val/")}
         for row in (evaluated[0], evaluated[-1])

@@ -27,6 +27,7 @@ from occ_jax.checkpoint import restore_params, save_params
 from occ_jax.config import Config
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
 from occ_jax.data.tokenizer import Tokenizer
+from occ_jax.errors import UserError
 from occ_jax.hosts import of_first
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
@@ -92,7 +93,11 @@ def _keep(directory: Path, params: Params) -> None:
     """Saves under a name of this run's own, then renames: runs may start at the same time."""
     own = directory.with_name(f"{directory.name}.{of_first(os.getpid)}")
     own.parent.mkdir(parents=True, exist_ok=True)
-    save_params(own, params)
+    try:
+        save_params(own, params)
+    except UserError:
+        shutil.rmtree(own, ignore_errors=True)  # where a disk is full there is no room for it
+        raise
 
     def rename() -> None:
         try:

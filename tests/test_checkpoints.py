@@ -1,7 +1,12 @@
 """A run's checkpoints: written while it goes on, never half there, restored on any mesh."""
 
 import dataclasses
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,11 +22,13 @@ from occ_jax.data.pipeline import drawn, go_on, iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
 from occ_jax.models import Model
+from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state, place_state
 from occ_jax.sharding import make_mesh, state_shardings
-from occ_jax.train import load_config, open_directory
-from tests.tiny import tiny_config
+from occ_jax.train import load_config, open_directory, train
+from tests.tiny import config_file, tiny_config
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -84,6 +91,8 @@ def test_a_run_may_go_on_on_another_mesh_but_not_with_another_model(tmp_path):
     open_directory(tmp_path / "run", config_on(MeshConfig()))
     open_directory(tmp_path / "run", config_on(EIGHT))
     assert load_config(tmp_path / "run").mesh == EIGHT
+    slower = dataclasses.replace(config_on(EIGHT).model, remat="full", logits_columns=2)
+    open_directory(tmp_path / "run", dataclasses.replace(config_on(EIGHT), model=slower))
     other = tiny_config(tmp_path)
     other = dataclasses.replace(other, warm_start=config_on(EIGHT).warm_start)
     with pytest.raises(UserError, match=r"another config \(model.num_kv_heads 2 -> 1\)"):
@@ -99,8 +108,9 @@ def test_training_does_not_wait_for_the_files(one_device, tmp_path, monkeypatch)
     )
     state = jax.tree.map(lambda x: x.copy(), one_device)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
+        begun = time.monotonic()
         checkpoints.save(3, state, 0)
-        assert not may_close.is_set()
+        assert time.monotonic() - begun < 30, "the manifest was waited for"
         change = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
         rest = change(change(state.params))
         jax.block_until_ready(rest)
@@ -179,6 +189,65 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(one_device, tmp_p
     )
     checkpoints.close()
     assert on_disk(tmp_path) == [1]
+
+
+def test_asked_to_stop_while_the_last_checkpoint_closes_a_run_ends_with_it(tmp_path, monkeypatch):
+    close = occ_jax.checkpoint._close
+
+    def interrupted(path):
+        if path.name == "6":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        close(path)
+
+    monkeypatch.setattr(occ_jax.checkpoint, "_close", interrupted)
+    train(tiny_config(tmp_path), Progress(quiet=True))
+    assert damage(tmp_path / "run" / "checkpoints" / "6") is None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# The command line, with files of so many bytes at the most.
+FULL_DISK = """
+import resource, sys
+from occ_jax.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("largest", "options", "said"),
+    [
+        (300, (), "the run directory {run} cannot be written: File too large"),
+        (8192, (), r"the checkpoint {warm}/reverse_digits-\S+ could not be written \("),
+        (
+            8192,
+            ("--warm-start.steps", "0", "--run.checkpoint-every", "1"),
+            "the checkpoint {run}/checkpoints/1 could not be written ",
+        ),
+        (
+            8192,
+            ("--warm-start.steps", "0", "--run.steps", "50", "--run.checkpoint-every", "50"),
+            "the log of the run in {run} cannot be written: File too large",
+        ),
+    ],
+)
+def test_a_disk_that_is_full_is_one_clear_line(tmp_path, largest, options, said):
+    command = ["train", str(config_file(tmp_path)), *options]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(largest), *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    pattern = said.format(run=tmp_path / "run", warm=tmp_path / "warm_starts")
+    assert re.match(f"error: {pattern}", lines[-1])
+    assert sum(line.startswith("error: ") for line in lines) == 1
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

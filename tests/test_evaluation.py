@@ -296,7 +296,7 @@ def test_records_lie_beside_the_checkpoints_of_a_run_alone(tmp_path, monkeypatch
     published.mkdir()
     (published / "config.json").write_text('{"model_type": "mimo"}')
     expected = run / "evaluations" / "20"
-    assert evaluation_directory(run) == evaluation_directory(run / "checkpoints" / "20") == expected
+    assert evaluation_directory(run / "checkpoints" / "20") == expected
     assert evaluation_directory(other) == Path("evaluations/mimo")
     assert evaluation_directory(published) == Path("evaluations/published")
     monkeypatch.chdir(run / "checkpoints")

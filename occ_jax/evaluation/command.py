@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from occ_jax.checkpoint import find_checkpoint
 from occ_jax.config import Config
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import evaluation_prompts
@@ -24,7 +23,6 @@ from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
 from occ_jax.hosts import is_first, of_first
-from occ_jax.models.huggingface.files import is_pretrained
 from occ_jax.models.model import Model
 from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
@@ -43,11 +41,9 @@ def evaluation_directory(checkpoint: Path) -> Path:
 
     Beside the checkpoints of a run, which lie in RUN/checkpoints/STEP; else where the command runs.
     """
-    if not is_pretrained(checkpoint):
-        found = find_checkpoint(checkpoint)
-        for place in (found, found.resolve()):
-            if place.parent.name == "checkpoints":
-                return place.parent.parent / "evaluations" / place.name
+    for place in (checkpoint, checkpoint.resolve()):
+        if place.parent.name == "checkpoints":
+            return place.parent.parent / "evaluations" / place.name
     return Path("evaluations") / checkpoint.resolve().name
 
 
@@ -219,7 +215,7 @@ def _header(
         "seed": config.run.seed,
         "sampling": {k: v for k, v in sampling.items() if k not in _NOT_SAMPLING},
         "dtype": config.model.dtype,
-        "prompts a call": call_of(config, num_samples).questions,
+        "prompts a call": call_of(config, num_samples, jax.process_count()).questions,
         "verifier": verifier_identity(verifier_of(config, name)),
         "truncated": config.reward.truncated,
         "deadline_s": config.reward.deadline_s,

@@ -80,7 +80,7 @@ def evaluate(
         prompts,
         _answers(model, config, mesh, tokenizer, params, key, num_samples),
         judge,
-        chunk=call_of(config, num_samples).questions,
+        chunk=call_of(config, num_samples, jax.process_count()).questions,
         file=file,
         keep_completions=keep_completions,
         show=show,
@@ -105,7 +105,7 @@ def _answers(
     num_samples: int,
 ) -> Callable[[Sequence[Prompt], int], list[Sampled]]:
     """Samples n answers to a chunk of questions."""
-    chunk, copies = call_of(config, num_samples)
+    chunk, copies = call_of(config, num_samples, jax.process_count())
     width = config.rollout.max_new_tokens
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     sampler = jit_evaluation_sampler(
@@ -230,13 +230,14 @@ class Call(NamedTuple):
     copies: int  # of every question, among which its answers are divided
 
 
-def call_of(config: Config, num_samples: int) -> Call:
+def call_of(config: Config, num_samples: int, processes: int) -> Call:
     """About as many rows as a rollout samples at once, whose prompts divide over the mesh.
 
     Where there are fewer questions than the mesh has places for rows, copies of them fill the
-    places. Answers are the same however many copies there are.
+    places. Answers are the same however many copies there are. Every one of the `processes` has as
+    many of them as the others.
     """
-    processes, options = jax.process_count(), config.rollout
+    options = config.rollout
     shards = math.lcm(config.mesh.row_shards, processes)
     rows_at_once = options.num_prompts * options.group_size // options.sampling_chunks
     wanted = rows_at_once // num_samples
