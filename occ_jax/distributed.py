@@ -272,15 +272,16 @@ class _Watch:
         self._others = [i for i in range(state.num_processes) if i != self._me]
         self._timeout = timeout
         self._count, self._state, self._words = 0, "running", ""
-        self._lock = threading.Lock()
+        self._lock, self._wake = threading.Lock(), threading.Event()
         self._seen: dict[int, tuple[Any, float]] = {}
         self._beat()
         self._thread = threading.Thread(target=self._run, name="watch processes", daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """This process is done; the others may take longer."""
+        """This process is done; returns when the others are."""
         self._say("done")
+        self._wake.set()
         self._thread.join()
 
     def leave(self, words: str) -> None:
@@ -315,25 +316,29 @@ class _Watch:
         return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
     def _run(self) -> None:
-        while self._state == "running":
+        while self._state != "left":
             try:
                 self._beat()
                 states = self._read()
             except Exception:  # the coordinator does not answer; the parent says so
                 states = {0: [0, "left", "the coordinator does not answer"]}
-            now = time.monotonic()
+            now, others_done = time.monotonic(), True
             for other in self._others:
                 value = states.get(other)
                 if other not in self._seen or self._seen[other][0] != value:
                     self._seen[other] = (value, now)
                 silent = now - self._seen[other][1]
-                if self._state != "running" or (value is not None and value[1] == "done"):
+                if self._state == "left" or (value is not None and value[1] == "done"):
                     continue
+                others_done = False
                 if value is not None and value[1] == "left":
                     self._end(f"process {other} has ended ({value[2]}); {_AGAIN}")
                 if silent > self._timeout:
                     self._end(f"process {other} has not been heard of for {silent:.0f} s; {_AGAIN}")
-            time.sleep(_BEAT_S)
+            if self._state == "done" and others_done:
+                return
+            self._wake.wait(_BEAT_S)
+            self._wake.clear()
 
     def _end(self, words: str) -> NoReturn:
         with contextlib.suppress(Exception):

@@ -65,8 +65,8 @@ def check_hosts(config: Config, mesh: Mesh, **options: Any) -> None:
 
 
 def block(count: int) -> slice:
-    """This process's part of `count` things, which H divides."""
-    size = count // jax.process_count()
+    """This process's part of `count` things; of those that H does not divide the last have less."""
+    size = -(-count // jax.process_count())
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
 
@@ -76,11 +76,18 @@ def put_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(own, sharding)
     shape = (own.shape[0] * jax.process_count(), *own.shape[1:])
+    if not _blocks_lie_at_home(mesh, shape[0]):
+        return put_same_rows(mesh, gather(own))
     with jax.transfer_guard("allow"):
-        if _blocks_lie_at_home(mesh, shape[0]):
-            return jax.make_array_from_process_local_data(sharding, own, shape)
-        whole = gather(own)
-        return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
+        return jax.make_array_from_process_local_data(sharding, own, shape)
+
+
+def put_same_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
+    """The global array, rows over the mesh, that every process has the whole of."""
+    if jax.process_count() == 1:
+        return jax.device_put(whole, rows(mesh))
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_callback(whole.shape, rows(mesh), lambda index: whole[index])
 
 
 def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
@@ -89,9 +96,14 @@ def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
         return jax.device_get(array)
     mine = block(array.shape[0])
     if not _blocks_lie_at_home(mesh, array.shape[0]):
-        return _all_gathered(array)[mine]
+        return all_rows(array)[mine]
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
+
+
+def all_rows(array: jax.Array) -> np.ndarray:
+    """An array whose rows lie over a mesh, on the host of every process."""
+    return jax.device_get(array) if jax.process_count() == 1 else _all_gathered(array)
 
 
 def _blocks_lie_at_home(mesh: Mesh, count: int) -> bool:

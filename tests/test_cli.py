@@ -85,6 +85,30 @@ def test_evaluate_and_generate_a_checkpoint(trained, capsys, tmp_path):
     assert [line.partition("=")[0] for line in lines] == ["12", "7"]
 
 
+def test_a_comparison_ends_where_a_run_was_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("occ_jax.compare.train", lambda config, progress: {"step": 3})
+    assert main(["compare", str(config_file(tmp_path)), "--seeds", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: stopped at step 3 of detach seed 0; start again to go on"
+    )
+    assert not (tmp_path / "run-compare" / "table.md").exists()
+
+
+def test_a_kill_while_the_first_file_is_written_leaves_a_directory_to_begin_in(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.partial").write_text('{"algor')
+    assert main(["train", str(config_file(tmp_path, steps=1))]) == 0
+
+
+def test_a_finished_run_without_its_metrics_is_one_clear_line(tmp_path, capsys):
+    config = config_file(tmp_path, steps=1)
+    assert main(["train", str(config)]) == 0
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert main(["train", str(config)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "metrics.jsonl holds no evaluation of this run" in last
+
+
 def test_compare_prints_every_regime(tmp_path, capsys):
     config = config_file(tmp_path, steps=3)
     assert main(["compare", str(config), "--seeds", "2", "--exact"]) == 0

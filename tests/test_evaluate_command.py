@@ -101,7 +101,7 @@ def test_an_evaluation_samples_as_many_rows_as_a_rollout(rows, samples, places, 
         rollout=RolloutConfig(num_prompts=rows, group_size=2, sampling_chunks=2),
         mesh=MeshConfig(data=places),
     )
-    assert call_of(config, samples, 1) == wanted
+    assert call_of(config, samples) == wanted
 
 
 def test_completions_are_kept_where_they_are_asked_for(trained, tmp_path):

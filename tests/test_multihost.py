@@ -31,7 +31,7 @@ from occ_jax.train import train
 from tests.tiny import config_file
 
 ROOT = Path(__file__).parent.parent
-STEPS = 8
+STEPS = 20
 OVERRIDES = [
     *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.num-kv-heads", "2"),
     *("--rollout.num-prompts", "8", "--rollout.dynamic-sampling"),
@@ -47,7 +47,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 class Processes:
     """The processes of one start of a command, each with its own standard error."""
 
-    def __init__(self, directory: Path, command="train", extra=((), ()), ids=(0, 1), **options):
+    def __init__(
+        self, directory: Path, command="train", extra=((), ()), ids=(0, 1), env=({}, {}), **options
+    ):
         self.directory = directory
         address = f"127.0.0.1:{free_port()}"
         options = {"initialization-timeout": 60, "heartbeat-timeout": SILENCE, **options}
@@ -63,7 +65,7 @@ class Processes:
                     *(str(part) for flag in flags for part in flag),
                 ],
                 cwd=ROOT,
-                env=environment(directory),
+                env={**environment(directory), **env[number]},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -182,12 +184,19 @@ def test_stopped_and_killed_by_turns_it_ends_at_the_same_bits(two_processes):
     run.reach(1)
     run.processes[1].send_signal(signal.SIGTERM)  # one is told, both stop after the same step
     assert run.end() == [(0, []), (0, [])]
-    for victim, step, line in (
-        (1, 3, r"error: process 1 has (not been heard of for \d+ s|ended .*); start all"),
-        (0, 5, r"error: process 0.* has (gone|ended .*|not been .*); start all processes again"),
-    ):
+    again = r"; start all processes again to go on from the last checkpoint"
+    lines_of = (
+        rf"error: process 0.* has (gone|ended .*|not been .*){again}",
+        rf"error: process 1 has (not been heard of for \d+ s|ended .*){again}",
+    )
+    random = np.random.default_rng(0)
+    saved = directory / "run" / "checkpoints"
+    for victim in (1, 0, 1, 0):
+        line = lines_of[victim]
+        newest = max(int(path.name) for path in saved.iterdir() if path.name.isdigit())
         run = Processes(directory)
-        run.reach(step)
+        run.reach(newest + 2)
+        time.sleep(random.uniform(0, 0.2))
         run.processes[victim].kill()
         killed = time.monotonic()
         found = run.end()
@@ -199,6 +208,34 @@ def test_stopped_and_killed_by_turns_it_ends_at_the_same_bits(two_processes):
     (state, *rest), (other, *other_rest) = outcome(directory), outcome(two_processes)
     jax.tree.map(np.testing.assert_array_equal, state, other)
     assert rest == other_rest
+
+
+VERDICT = """
+import os, pathlib
+
+def score(completion, answer, record):
+    if pathlib.Path(os.environ.get("FAILS_WHEN_THERE", "/nowhere")).exists():
+        raise RuntimeError("this host's verifier fails")
+    return float(completion.strip() == answer)
+"""
+
+
+@pytest.mark.slow
+def test_one_that_fails_says_why_and_the_others_that_it_did(one_process):
+    directory = one_process.parent / "failing"
+    directory.mkdir()
+    (directory / "verdict.py").write_text(VERDICT)
+    extra = ("--reward.verifier", f"{directory / 'verdict.py'}:score", "--run.steps", "1000")
+    # Keeping one checkpoint deletes another at every save, which takes all processes.
+    extra = (*extra, "--run.keep-checkpoints", "1")
+    env = ({}, {"FAILS_WHEN_THERE": str(directory / "now")})
+    run = Processes(directory, extra=(extra, extra), env=env)
+    run.reach(3)
+    (directory / "now").touch()
+    (status, (line,)), (failed, (why,)) = run.end()
+    assert failed == 2 and "this host's verifier fails" in why
+    assert status == 3 and line.startswith("error: process 1 has ended (")
+    assert "this host's verifier fails" in line
 
 
 def test_processes_that_disagree_say_in_what(two_processes):
@@ -247,10 +284,12 @@ for devices, at_home in ((straight.devices, True), (crossed, False)):
     assert hosts._blocks_lie_at_home(mesh, 16) is at_home
     array = hosts.put_rows(mesh, own)
     assert array.shape == (16, 3)
-    np.testing.assert_array_equal(hosts._all_gathered(array), whole)
+    np.testing.assert_array_equal(hosts.all_rows(array), whole)
+    np.testing.assert_array_equal(hosts.own_rows(mesh, hosts.put_same_rows(mesh, whole)), own)
     np.testing.assert_array_equal(hosts.own_rows(mesh, array), own)
     np.testing.assert_array_equal(hosts.put_everywhere(mesh, whole).addressable_data(3), whole)
 np.testing.assert_array_equal(hosts.gather(own), whole)
+assert list(range(5))[hosts.block(5)] == [[0, 1, 2], [3, 4]][number]
 assert hosts.gather_objects(["é" * number, number]) == [["", 0], ["é", 1]]
 assert hosts.of_first(lambda: number) == 0
 
@@ -286,7 +325,7 @@ def test_blocks_travel_between_hosts_and_devices_wherever_the_mesh_puts_them(tmp
 
 
 def test_two_processes_evaluate_as_one_does_and_go_on_when_one_was_killed(one_process):
-    asked = ["--checkpoint", str(one_process / "run"), "--prompts", "300", "--samples", "4"]
+    asked = ["--checkpoint", str(one_process / "run"), "--prompts", "600", "--samples", "4"]
     ours = [*asked, "--completions", "--output", str(one_process / "evaluation")]
     assert main(["evaluate", str(config_file(one_process)), *overrides(one_process), *ours]) == 0
 
@@ -294,21 +333,25 @@ def test_two_processes_evaluate_as_one_does_and_go_on_when_one_was_killed(one_pr
     directory.mkdir()
     asked += ["--completions", "--output", str(directory)]
     path = directory / "reverse_digits.jsonl"
-    run = Processes(directory, "evaluate", (asked, asked))
-    run.until(lambda: path.exists() and path.read_bytes().count(b"\n") > 20)
-    run.processes[1].kill()
-    (status, lines), (killed, said) = run.end()
-    assert (status, killed, said) == (3, -signal.SIGKILL, [])
-    assert len(lines) == 1 and lines[0].startswith("error: process 1 has ")
-    held = path.read_bytes()
-    assert held.count(b"\n") < 301 and not (directory / "summary.json").exists()
+    held = b""
+    for number, status in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        run = Processes(directory, "evaluate", (asked, asked))
+        lines = held.count(b"\n") + 20
+        run.until(lambda lines=lines: path.exists() and path.read_bytes().count(b"\n") > lines)
+        run.processes[1].send_signal(number)
+        (other, (line,)), (ended, said) = run.end()
+        assert (other, ended, said) == (3, status, [])
+        assert line.startswith("error: process 1 has ")
+        assert path.read_bytes().startswith(held)
+        held = path.read_bytes()
+        assert held.count(b"\n") < 601 and not (directory / "summary.json").exists()
     assert Processes(directory, "evaluate", (asked, asked)).end() == [(0, []), (0, [])]
     assert path.read_bytes().startswith(held)
 
     (header, found), (wanted_header, wanted) = map(
         read_records, (path, one_process / "evaluation" / path.name)
     )
-    assert header == wanted_header and len(found) == len(wanted) == 300
+    assert header == wanted_header and len(found) == len(wanted) == 600
     for one, other in zip(found, wanted, strict=True):
         assert one.figures == pytest.approx(other.figures, rel=1e-5)
         assert one._replace(figures={}) == other._replace(figures={})
@@ -323,11 +366,38 @@ def test_processes_that_evaluate_differently_say_in_what(one_process):
     directory = one_process.parent / "evaluated_differently"
     directory.mkdir()
     asked = ["--checkpoint", str(one_process / "run"), "--output", str(directory / "out")]
-    run = Processes(directory, "evaluate", (asked, [*asked, "--samples", "8"]))
+    older = str(one_process / "run" / "checkpoints" / "7")
+    run = Processes(directory, "evaluate", (asked, [*asked, "--checkpoint", older]))
+    expected = f"different configs: checkpoint '{one_process / 'run'}' and '{older}'"
     for status, lines in run.end():
-        assert status in (2, 3) and len(lines) == 1
-        assert "processes 0 and 1 have different configs: num_samples 16 and 8" in lines[0]
+        assert status in (2, 3) and len(lines) == 1 and expected in lines[0]
     assert not (directory / "out").exists()
+
+
+def test_help_is_given_whatever_the_environment(tmp_path):
+    command = [sys.executable, "run.py", "train", config_file(tmp_path), "--help"]
+    env = {**environment(tmp_path), "JAX_COORDINATOR_ADDRESS": "nowhere:1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--distributed.process-id" in done.stdout and "--mesh.fsdp" in done.stdout
+
+
+ABORT = """
+import os, sys
+from occ_jax import distributed
+
+def run():
+    distributed._mean("process 0, the coordinator, has gone")
+    os.write(2, b"F0000 something else\\n")
+    os.abort()
+
+sys.exit(distributed.supervise(run))
+"""
+
+
+def test_an_abort_of_another_kind_is_not_laid_on_the_coordinator():
+    done = subprocess.run([sys.executable, "-c", ABORT], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGABRT, "F0000 something else\n")
 
 
 def test_other_commands_are_of_one_process(tmp_path, capsys):
@@ -340,6 +410,10 @@ def test_other_commands_are_of_one_process(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (
+            ["num-processes", "2", "process-id", "0"],
+            "--distributed.coordinator, or JAX_COORDINATOR_ADDRESS, is missing",
+        ),
         (["coordinator", "host"], "--distributed.num-processes, or JAX_NUM_PROCESSES, is missing"),
         (
             ["coordinator", "host", "num-processes", "2", "process-id", "0"],

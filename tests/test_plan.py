@@ -331,6 +331,8 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
         ),
         (("--devices", "99"), "--devices is 99; this process has started with 8"),
         (("--memory", "16"), "--memory goes with --devices"),
+        (("--devices", "1", "--memory", "nan"), "'nan' is no positive number"),
+        (("--devices", "1", "--memory", "-1"), "'-1' is no positive number"),
         (("--topology", "v5e:4x4"), "--topology v5e:4x4 needs the compiler for TPUs"),
         (
             ("--devices", "1", "--only", "updates"),

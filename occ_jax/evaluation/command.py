@@ -215,7 +215,7 @@ def _header(
         "seed": config.run.seed,
         "sampling": {k: v for k, v in sampling.items() if k not in _NOT_SAMPLING},
         "dtype": config.model.dtype,
-        "prompts a call": call_of(config, num_samples, jax.process_count()).questions,
+        "prompts a call": call_of(config, num_samples).questions,
         "verifier": verifier_identity(verifier_of(config, name)),
         "truncated": config.reward.truncated,
         "deadline_s": config.reward.deadline_s,

@@ -21,7 +21,14 @@ from occ_jax.data.tasks import has_unique_completion
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask
 from occ_jax.evaluation.report import summarise
-from occ_jax.hosts import block, fold_in, gather_objects, own_rows, put_everywhere, put_rows
+from occ_jax.hosts import (
+    all_rows,
+    block,
+    fold_in,
+    gather_objects,
+    put_everywhere,
+    put_same_rows,
+)
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -80,7 +87,7 @@ def evaluate(
         prompts,
         _answers(model, config, mesh, tokenizer, params, key, num_samples),
         judge,
-        chunk=call_of(config, num_samples, jax.process_count()).questions,
+        chunk=call_of(config, num_samples).questions,
         file=file,
         keep_completions=keep_completions,
         show=show,
@@ -104,8 +111,11 @@ def _answers(
     key: Key[Array, ""],
     num_samples: int,
 ) -> Callable[[Sequence[Prompt], int], list[Sampled]]:
-    """Samples n answers to a chunk of questions."""
-    chunk, copies = call_of(config, num_samples, jax.process_count())
+    """Samples n answers to a chunk of questions, and returns those of this process's questions.
+
+    All processes sample all of them together: there may be fewer questions than processes.
+    """
+    chunk, copies = call_of(config, num_samples)
     width = config.rollout.max_new_tokens
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     sampler = jit_evaluation_sampler(
@@ -114,20 +124,19 @@ def _answers(
 
     def run(part: Sequence[Prompt], start: int) -> list[Sampled]:
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
-        mine = padded[block(chunk)]
-        copied = [prompt for prompt in mine for _ in range(copies)]
-        columns = (put_rows(mesh, x) for x in pad_prompts(config, tokenizer, copied))
+        copied = [prompt for prompt in padded for _ in range(copies)]
+        columns = (put_same_rows(mesh, x) for x in pad_prompts(config, tokenizer, copied))
         begin = put_everywhere(mesh, np.array(start, np.uint32))
         rollout, drafts = sampler(params, *columns, key, begin)
-        shape = (len(mine), num_samples, width)
-        tokens = own_rows(mesh, rollout.tokens)[:, -width:].reshape(shape)
-        mask = own_rows(mesh, rollout.response_mask).reshape(shape)
+        shape = (chunk, num_samples, width)
+        tokens = all_rows(rollout.tokens)[:, -width:].reshape(shape)
+        mask = all_rows(rollout.response_mask).reshape(shape)
         ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
         objective: np.ndarray | None = None
         if not config.dataset.name and has_unique_completion(config.task):
             objective = exact_objective(model, config, mesh, tokenizer, params, copied)[::copies]
         # [K, questions]: over a question's answers.
-        drafts = own_rows(mesh, drafts).reshape(*shape[:2], 2, -1).sum(axis=1)
+        drafts = all_rows(drafts).reshape(*shape[:2], 2, -1).sum(axis=1)
         agreed, drafted = drafts.transpose(1, 2, 0)
         return [
             Sampled(
@@ -141,7 +150,7 @@ def _answers(
                     **{f"drafted_{k + 1}": float(x[row]) for k, x in enumerate(drafted)},
                 },
             )
-            for row in range(len(part[block(chunk)]))
+            for row in range(len(part))[block(chunk)]
         ]
 
     return run
@@ -208,7 +217,7 @@ def exact_objective(
     """pi_theta(right completion | prompt) of every prompt of a digit task, by teacher forcing.
 
     Where exactly one completion is right this *is* the expected reward at temperature 1, without
-    sampling noise. Of several processes each gives as many prompts as the others.
+    sampling noise. Of several processes all give the same prompts.
 
     Returns:
         float32 [len(prompts)], probabilities.
@@ -219,8 +228,8 @@ def exact_objective(
     tokens = np.concatenate([questions, completions], axis=1)
     valid = np.concatenate([question_valid, mask], axis=1)
     score = _answer_probability(model, mesh, mask.shape[1])
-    columns = (put_rows(mesh, x) for x in (tokens, valid))
-    return own_rows(mesh, score(params["trunk"], *columns))
+    columns = (put_same_rows(mesh, x) for x in (tokens, valid))
+    return all_rows(score(params["trunk"], *columns))
 
 
 class Call(NamedTuple):
@@ -230,21 +239,18 @@ class Call(NamedTuple):
     copies: int  # of every question, among which its answers are divided
 
 
-def call_of(config: Config, num_samples: int, processes: int) -> Call:
+def call_of(config: Config, num_samples: int) -> Call:
     """About as many rows as a rollout samples at once, whose prompts divide over the mesh.
 
     Where there are fewer questions than the mesh has places for rows, copies of them fill the
-    places. Answers are the same however many copies there are. Every one of the `processes` has as
-    many of them as the others.
+    places. Answers are the same however many copies there are.
     """
-    options = config.rollout
-    shards = math.lcm(config.mesh.row_shards, processes)
+    options, shards = config.rollout, config.mesh.row_shards
     rows_at_once = options.num_prompts * options.group_size // options.sampling_chunks
     wanted = rows_at_once // num_samples
     if wanted >= shards:
         return Call(wanted // shards * shards, 1)
-    dividing = [n for n in range(1, num_samples + 1) if num_samples % n == 0 and shards % n == 0]
-    possible = [n for n in dividing if shards // n % processes == 0]
+    possible = [n for n in range(1, num_samples + 1) if num_samples % n == 0 and shards % n == 0]
     copies = min((n for n in possible if shards // n <= wanted), default=possible[-1])
     return Call(shards // copies, copies)
 

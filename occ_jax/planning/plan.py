@@ -234,8 +234,7 @@ def _programs(step: _Step) -> Iterator[tuple[str, int, Any, tuple[Any, ...]]]:
         others = reference + per_device(step.batches[1:])
         yield name, others, update, (state, step.batches[0])
     samples, columns = config.run.evaluation_samples, step.prompts[0].shape[1]
-    processes = len({device.process_index for device in mesh.devices.flat})
-    call = call_of(config, samples, processes)
+    call = call_of(config, samples)
     questions = (call.questions * call.copies, columns)
     evaluation = jit_evaluation_sampler(model, config, mesh, samples // call.copies, *_ENDS)
     asked = (
