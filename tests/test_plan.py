@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import occ_jax.planning.machines
 import occ_jax.planning.plan
 from occ_jax.cli import main
 from occ_jax.config import MeshConfig, MTPConfig, computation
+from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.planning.flops import count_flops
 from occ_jax.planning.hlo import collective_bytes, largest_arrays
@@ -292,6 +295,21 @@ def run_plan(tmp_path, *arguments):
     return main(["plan", str(config_file(tmp_path)), *arguments])
 
 
+def test_hosts_that_do_not_divide_the_prompts_are_one_clear_line(tmp_path):
+    tiny = tiny_config(tmp_path)
+    config = dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, num_kv_heads=2),
+        rollout=dataclasses.replace(tiny.rollout, num_prompts=1),
+        algorithm=dataclasses.replace(tiny.algorithm, updates_per_rollout=1),
+        mtp=MTPConfig(regime="detach"),
+        mesh=MeshConfig(tensor=2),
+    )
+    devices: Any = tuple(SimpleNamespace(process_index=host) for host in (0, 1))
+    with pytest.raises(UserError, match="is 1; it must be a multiple of the 2 hosts of v0:1x2"):
+        plan(config, Machine("v0:1x2", devices, None))
+
+
 def test_the_command_says_that_it_does_not_fit(tmp_path, capsys):
     options = ("--memory", "1e-5", "--only", "rollout", "--mesh.fsdp", "2")
     assert run_plan(tmp_path, "--devices", "2", *options) == 1
@@ -343,6 +361,7 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    jax.devices()  # all eight, before a plan asks for fewer
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)

@@ -102,8 +102,8 @@ def plan(
         only: names of the programs to compile, none for all of them.
 
     Raises:
-        UserError: the mesh has more or fewer places than there are devices, or the run has no
-            program of a name.
+        UserError: the mesh has more or fewer places than there are devices, the hosts do not divide
+            the prompts, or the run has no program of a name.
     """
     count = len(machine.devices)
     if places(config) != count:
@@ -111,6 +111,12 @@ def plan(
         raise UserError(
             f"the mesh ({shape}) has {places(config)} places, {machine.name} has {count} devices; "
             "set --mesh.* so that they are as many"
+        )
+    hosts = len({device.process_index for device in machine.devices})
+    if config.rollout.num_prompts % hosts != 0:
+        raise UserError(
+            f"rollout.num_prompts is {config.rollout.num_prompts}; it must be a multiple of the "
+            f"{hosts} hosts of {machine.name}"
         )
     mesh = make_mesh(config.mesh, machine.devices)
     step = _step(config, mesh)
