@@ -32,17 +32,13 @@ from occ_jax.rl import gradients
 from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
 from occ_jax.sharding import abstract, make_mesh, on_mesh, replicated, rows, state_shardings
 from occ_jax.types import Batch
+from tests.one_update import copied
 
 B, P, R, V = 8, 4, 5, 16
 STORED = ("fsdp", "expert")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DENSE = ModelConfig(
     hidden_size=16,
@@ -94,11 +90,6 @@ def make_config(mesh=(), micro_batches=1, modules=1, model=DENSE, **mtp):
 @functools.cache
 def parameters(model=DENSE):
     return Model(model).init(jax.random.key(0))
-
-
-def copied(params, mesh):
-    """On the mesh, as parameters are when a run starts; `place_state` takes their buffers over."""
-    return jax.device_put(jax.tree.map(jnp.copy, params), state_shardings(mesh, params))
 
 
 @functools.cache
