@@ -357,7 +357,10 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
         "each is given the same command, with a process id of its own",
     )
     several.add_argument(
-        "--distributed.auto", action="store_true", help="as JAX finds: TPU pods, SLURM, Open MPI"
+        "--distributed.auto",
+        action="store_true",
+        default=None,
+        help="as JAX finds: TPU pods, SLURM, Open MPI",
     )
     several.add_argument(
         "--distributed.coordinator",
@@ -395,7 +398,7 @@ def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
         for name, value in vars(options).items()
         if name.startswith("distributed.")
     }
-    if any(given.values()) or given["process_id"] == 0 or distributed.in_environment():
+    if any(value is not None for value in given.values()) or distributed.in_environment():
         with distributed.joined(distributed.read_options(**given)):
             if not asks:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)

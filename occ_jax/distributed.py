@@ -72,7 +72,7 @@ def read_options(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
-    auto: bool,
+    auto: bool | None,
     initialization_timeout: int | None,
     heartbeat_timeout: int | None,
 ) -> Distributed:

@@ -17,10 +17,15 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that a reader sees all of it or none; on disk when it returns."""
+    """`replace_text` with JSON."""
+    replace_text(path, json_text(value))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees all of it or none; on disk when it returns."""
     temporary = path.with_name(path.name + PARTIAL)
     with temporary.open("w") as file:
-        file.write(json_text(value))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

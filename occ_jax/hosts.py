@@ -72,14 +72,11 @@ def block(count: int) -> slice:
 
 def put_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
     """The global array, rows over the mesh, of which `own` is this process's block."""
-    sharding = rows(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(own, sharding)
     shape = (own.shape[0] * jax.process_count(), *own.shape[1:])
-    if not _blocks_lie_at_home(mesh, shape[0]):
+    if jax.process_count() == 1 or not _blocks_lie_at_home(mesh, shape[0]):
         return put_same_rows(mesh, gather(own))
     with jax.transfer_guard("allow"):
-        return jax.make_array_from_process_local_data(sharding, own, shape)
+        return jax.make_array_from_process_local_data(rows(mesh), own, shape)
 
 
 def put_same_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
@@ -92,17 +89,14 @@ def put_same_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
 
 def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
     """This process's block of an array whose rows lie over the mesh, on the host."""
-    if jax.process_count() == 1:
-        return jax.device_get(array)
-    mine = block(array.shape[0])
-    if not _blocks_lie_at_home(mesh, array.shape[0]):
-        return all_rows(array)[mine]
+    if jax.process_count() == 1 or not _blocks_lie_at_home(mesh, array.shape[0]):
+        return all_rows(array)[block(array.shape[0])]
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
 
 
 def all_rows(array: jax.Array) -> np.ndarray:
-    """An array whose rows lie over a mesh, on the host of every process."""
+    """A global array, however it lies, on the host of every process."""
     return jax.device_get(array) if jax.process_count() == 1 else _all_gathered(array)
 
 

@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-
 from tensorboardX.summary import scalar
 
 from occ_jax.errors import UserError
+from occ_jax.files import replace_text
 from occ_jax.tracking import Charts
 
 Row = dict[str, Any]
@@ -117,7 +118,5 @@ def read_rows(path: Path) -> list[Row]:
 def _open_after(path: Path, step: int) -> Any:
     """Opens for appending, keeping rows up to `step` only."""
     kept = [row for row in read_rows(path) if row["step"] <= step]
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return path.open("a")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from occ_jax.hosts import all_rows
 from occ_jax.types import Params
 
 
@@ -22,9 +22,7 @@ def fingerprint(params: Params) -> str:
     the parameters are sharded. It guards against mistakes, not against malice.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = multihost_utils.process_allgather(
-        _weighted_bits([leaf for _, leaf in leaves]), tiled=True
-    )
+    sums = all_rows(_weighted_bits([leaf for _, leaf in leaves]))
     digest = hashlib.sha256()
     for (path, leaf), pair in zip(leaves, sums.tolist(), strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {pair}\n".encode())

@@ -19,6 +19,7 @@ import numpy as np
 
 from occ_jax.data.examples import Prompt
 from occ_jax.errors import UserError, one_line
+from occ_jax.files import replace_text
 from occ_jax.hosts import of_first
 from occ_jax.rewards.pool import Judged
 
@@ -85,9 +86,7 @@ class RecordFile:
                 self.records = found[1]
             lines = [header, *(record._asdict() for record in self.records)]
             # Anew, without the line that a kill cut short.
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(partial, path)
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = path.open("a")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
