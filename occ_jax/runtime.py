@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
+import warnings
 
 import absl.logging
 
@@ -33,9 +35,14 @@ def keep_freed_memory() -> None:
 def hold_back_orbax() -> None:
     """Has a checkpoint that cannot be written told in one line, by who asked for it.
 
-    Orbax logs it at length, and tensorstore's threads find orbax's event loop closed on the way.
+    Orbax logs it at length. It raises the first array's error and closes its event loop, so that
+    asyncio and the interpreter tell of the other arrays as these are collected: errors that nobody
+    retrieved, writes that never began, and tensorstore's threads that find the loop closed. Nothing
+    else here uses asyncio.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     sys.unraisablehook = _tell_unraisable
 
 
