@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from occ_jax.cli import load_config, main
+from occ_jax.cli import main
+from occ_jax.config_file import load_config
 from occ_jax.data.published import PUBLISHED
 from occ_jax.errors import UserError
 from occ_jax.models import Model

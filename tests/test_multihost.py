@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from occ_jax.checkpoint import Checkpoints
-from occ_jax.cli import load_config, main
+from occ_jax.cli import main
 from occ_jax.config import computation
+from occ_jax.config_file import load_config
 from occ_jax.evaluation.records import read_records
 from occ_jax.metrics import read_rows
 from occ_jax.models import Model

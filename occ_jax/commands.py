@@ -1,0 +1,261 @@
+"""What each command does, once its arguments are understood.
+
+Imports are the functions' own: no command waits for what another needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import signal
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from occ_jax import distributed
+from occ_jax.config import Config, differences
+from occ_jax.data.answers import KINDS
+from occ_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from occ_jax.data.tokenizer import Tokenizer
+    from occ_jax.models import Model
+    from occ_jax.types import Params
+
+# Fields of a model that its parameters do not depend on.
+_SAME_PARAMETERS = {
+    *("model.dtype", "model.remat"),
+    *("model.attention_kernel", "model.attention_columns", "model.logits_columns"),
+}
+
+
+def run_train(config: Config, options: argparse.Namespace) -> None:
+    """Trains, then prints what became of the objective and draws the figures."""
+    from occ_jax.hosts import is_first
+    from occ_jax.metrics import read_rows
+    from occ_jax.progress import Progress
+    from occ_jax.report import run_report, write_figures
+    from occ_jax.train import train
+
+    with _joined(options, asks=True):
+        train(config, Progress(quiet=not is_first()))
+        if not is_first():
+            return
+    directory = Path(config.run.directory)
+    rows = read_rows(directory / "metrics.jsonl")
+    figures = write_figures({_name(config): [rows]}, directory / "figures")
+    print(run_report(rows, _name(config)))
+    print("figures  " + "  ".join(str(path) for path in figures))
+
+
+def run_compare(config: Config, options: argparse.Namespace) -> None:
+    """Trains every regime from one starting policy; prints the table."""
+    from occ_jax.compare import compare
+    from occ_jax.progress import Progress
+
+    print(compare(config, seeds=options.seeds, exact=options.exact, progress=Progress()))
+
+
+def run_evaluate(config: Config, options: argparse.Namespace) -> None:
+    """Judges a checkpoint; keeps records and tables, and prints the tables."""
+    from occ_jax.evaluation.command import evaluation_directory, run_evaluation
+    from occ_jax.hosts import check_hosts
+    from occ_jax.sharding import make_mesh
+
+    for k in options.k:
+        if k > options.samples:
+            raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
+    asked: dict[str, Any] = {
+        "num_prompts": options.prompts,
+        "num_samples": options.samples,
+        "ks": options.k or [options.samples],
+        "keep_completions": options.completions,
+    }
+    with _joined(options, asks=False):
+        check_hosts(
+            config,
+            make_mesh(config.mesh),
+            **asked,
+            checkpoint=options.checkpoint,
+            output=str(options.output),
+        )
+        checkpoint = _newest(Path(options.checkpoint))
+        run_evaluation(
+            config,
+            *_load(config, checkpoint),
+            checkpoint=checkpoint,
+            output=options.output or evaluation_directory(checkpoint),
+            **asked,
+        )
+
+
+def run_compare_evaluations(options: argparse.Namespace) -> None:
+    """Prints how two kept evaluations differ, question by question."""
+    from occ_jax.evaluation.command import run_comparison
+
+    run_comparison(options.a, options.b, options.k, options.output)
+
+
+def run_generate(config: Config, options: argparse.Namespace) -> None:
+    """Prints prompts with what a checkpoint makes of them."""
+    from occ_jax.generate import generate
+
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
+    model, tokenizer, params = _load(config, _newest(Path(options.checkpoint)))
+    between = "\n\n" if config.dataset.name else ""
+    for prompt, completion in generate(
+        model,
+        config,
+        tokenizer,
+        params,
+        prompts=options.prompt,
+        temperature=options.temperature,
+    ):
+        print(f"{prompt}{between}{completion}{between}")
+
+
+def run_plan(config: Config, options: argparse.Namespace) -> int:
+    """Prints what each program needs of a machine; returns 1 where it does not fit."""
+    import json
+
+    import jax
+
+    # With libtpu installed JAX would look for a TPU of this machine's.
+    jax.config.update("jax_platforms", "cpu")
+    from occ_jax.planning.machines import slices, topology, virtual
+    from occ_jax.planning.plan import least, places, plan
+    from occ_jax.planning.report import enough, render, to_json, verdict
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if options.memory is not None and options.devices is None:
+        raise UserError("--memory goes with --devices; that of a TPU is known")
+    if options.devices is not None:
+        machines = [virtual(options.devices, options.memory)]
+    elif options.topology is not None:
+        machines = [topology(options.topology)]
+    else:
+        machines = [topology(name) for name in slices(places(config))]
+        # What cannot fit is not worth the minutes of its compilation; the largest always is.
+        machines = [m for m in machines[:-1] if enough(m, least(config, m), say)] + machines[-1:]
+    *others, last = machines
+    for machine in others:
+        found = plan(config, machine, say, options.only)
+        if found.fits:
+            break
+        say(f"{machine.name}: {verdict(found)}")
+    else:
+        found = plan(config, last, say, options.only)
+    print(json.dumps(to_json(found)) if options.json else render(found))
+    return 0 if found.fits else 1
+
+
+def run_prepare(options: argparse.Namespace) -> None:
+    """Stores a problem set; prints how many problems, and what was left out."""
+    from occ_jax.data.prepare import find_set, prepare
+    from occ_jax.data.published import Layout
+
+    columns = (options.prompt_column, options.answer_column)
+    described = any((*columns, options.id_column, options.answers, options.distinct))
+    if described and not all(columns):
+        raise UserError("your own data needs both --prompt-column and --answer-column")
+    own = Layout(*columns, options.id_column) if described else None
+    kind = KINDS[options.answers if options.answers else "text"]
+    found = find_set(options.name, own, kind, distinct=options.distinct)
+    target, summary = prepare(
+        options.name,
+        found,
+        options.source,
+        options.data_directory,
+        allow_row_count=options.allow_row_count,
+        drop_bad_rows=options.drop_bad_rows,
+    )
+    print(f"{target}: {summary.problems:,} problems of {summary.rows:,} rows")
+    if summary.repeated:
+        print(
+            f"left out: {summary.repeated:,} rows that repeat a prompt, "
+            f"{summary.contradicted:,} of them with another answer"
+        )
+    if summary.bad:
+        print(f"left out: {summary.bad:,} rows whose answer does not parse")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Writes parameters in the other layout; prints what was written."""
+    from occ_jax.convert import convert
+
+    print(convert(options.source, options.target, dtype=options.dtype, layout=options.layout))
+
+
+@contextlib.contextmanager
+def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
+    """Connected to the other processes, if there are to be any.
+
+    `asks`: whether JAX's preemption service is asked for the SIGTERMs that it takes.
+    """
+    given = {
+        name.removeprefix("distributed.").replace("-", "_"): value
+        for name, value in vars(options).items()
+        if name.startswith("distributed.")
+    }
+    if any(value is not None for value in given.values()) or distributed.in_environment():
+        with distributed.joined(distributed.read_options(**given)):
+            if not asks:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+            yield
+    else:
+        yield
+
+
+def _name(config: Config) -> str:
+    mtp = config.mtp
+    return f"occ/{mtp.estimator}" if mtp.regime == "occ" else mtp.regime
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint that a path stands for, the same for all processes."""
+    from occ_jax.checkpoint import find_checkpoint
+    from occ_jax.hosts import of_first
+    from occ_jax.models.huggingface.files import is_pretrained
+
+    # A run that still trains may have another one by the time the next process looks.
+    return path if is_pretrained(path) else Path(of_first(lambda: str(find_checkpoint(path))))
+
+
+def _load(config: Config, checkpoint: Path) -> tuple[Model, Tokenizer, Params]:
+    """The parameters of a checkpoint, after checking that they are of the configured model."""
+    from occ_jax.checkpoint import restore_params
+    from occ_jax.config import computation
+    from occ_jax.data.tokenizer import model_tokenizer
+    from occ_jax.models import Model, load_pretrained
+    from occ_jax.models.huggingface.files import is_pretrained
+    from occ_jax.rl.train_step import abstract_state
+    from occ_jax.sharding import make_mesh
+    from occ_jax.train import check_task_fits, load_config, same_directory
+
+    tokenizer = model_tokenizer(config.model)
+    check_task_fits(config, tokenizer)
+    if is_pretrained(checkpoint):
+        model, params = load_pretrained(
+            checkpoint, config=config.model, mesh=make_mesh(config.mesh)
+        )
+        return model, tokenizer, params
+    owner = checkpoint.parent.parent
+    if (owner / "config.json").exists():
+        trained = load_config(owner)
+        changed = [
+            f"{name} is {old!r} there, {new!r} here"
+            for name, (old, new) in differences(trained, config).items()
+            if name.startswith("model.")
+            and name not in _SAME_PARAMETERS
+            and not (name == "model.checkpoint" and same_directory(old, new))
+        ]
+        if changed:
+            raise UserError(f"{checkpoint} is of another model: {', '.join(changed)}")
+    model, mesh = Model(config.model), make_mesh(config.mesh)
+    like = abstract_state(model, computation(config), mesh).params
+    return model, tokenizer, restore_params(checkpoint, like)

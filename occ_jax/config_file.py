@@ -1,0 +1,113 @@
+"""A config file and the command line's overrides in, one checked Config out.
+
+Every mistake in either is a UserError of one line that names the file, and where in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import re
+import runpy
+import traceback
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from occ_jax.config import Config
+from occ_jax.errors import UserError, one_line
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Runs a config file's `get_config()` and applies command-line overrides.
+
+    Args:
+        path: a Python file that defines `get_config() -> Config`.
+        overrides: such as ["--optimizer.learning-rate", "3e-6"].
+
+    Raises:
+        UserError: no such file, no `get_config`, an unknown field, a value that is not allowed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}")
+    with _errors_of(path):
+        get_config = runpy.run_path(path).get("get_config")
+    if not callable(get_config):
+        raise UserError(f"{path} defines no function get_config()")
+    with _errors_of(path):
+        config = get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} returns no occ_jax.config.Config")
+    config = _of_checkpoint(config, overrides)
+    import tyro
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = tyro.cli(
+                Config,
+                default=config,
+                args=list(overrides),
+                prog=f"run.py COMMAND {path}",
+                # A part of a model is there or not as the config file says; its fields can change.
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(captured.getvalue())) from None
+    if config.model.checkpoint:
+        from occ_jax.models.huggingface.load import check_config
+
+        check_config(Path(config.model.checkpoint), config.model)
+    return config
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Generator[None]:
+    """What a config file raises, as one line that names the file and where in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with the architecture of the checkpoint that it or the command line names."""
+    directory, name = config.model.checkpoint, "--model.checkpoint"
+    for position, argument in enumerate(overrides):
+        if argument.startswith(f"{name}="):
+            directory = argument.removeprefix(f"{name}=")
+        elif argument == name:
+            directory = "".join(overrides[position + 1 : position + 2])
+    if not directory:
+        return config
+    from occ_jax.models.huggingface.families import FREE_FIELDS, read_config
+
+    model = config.model
+    found = read_config(directory, **{name: getattr(model, name) for name in FREE_FIELDS})
+    if found.num_mtp_modules == 0:
+        # Whether that will do is known after the overrides.
+        found = dataclasses.replace(found, num_mtp_modules=model.num_mtp_modules)
+    # Not checked as a whole yet: the overrides may say the mesh or the lengths that fit this model.
+    joined = copy.copy(config)
+    object.__setattr__(joined, "model", found)
+    return joined
+
+
+def _one_line(boxed: str) -> str:
+    """What a boxed message says before its first rule, and the field it suggests."""
+    text = [line.strip("│╭╰╮╯ ") for line in boxed.splitlines()]
+    body = [line for line in text if line and not line.startswith("─")]
+    rules = [i for i, line in enumerate(text) if line.startswith("─") and i > 0]
+    said = " ".join(text[1 : rules[0]] if rules else body).strip()
+    suggestion = re.search(r"(?:meant|similar)[^-]*(--[\w.-]+)", " ".join(body))
+    return said + (f"; did you mean {suggestion.group(1)}?" if suggestion else "")
