@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from occ_jax.errors import UserError
@@ -38,12 +39,14 @@ class RunLog:
             self._metrics = _open_after(directory / "metrics.jsonl", resume_step)
             self._samples = _open_after(directory / "samples.jsonl", resume_step)
             (directory / "tensorboard").mkdir(exist_ok=True)
-            # In this thread: of tensorboardX's own one that a full disk ends, others wait for ever.
-            self._events = EventsWriter(str(directory / "tensorboard" / "events"))
-            begin = {"wall_time": time.time(), "step": resume_step + 1}
-            self._events.write_event(Event(**begin, file_version="brain.Event:2"))
+            now = time.time()
+            events = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
+            # In this thread: for tensorboardX's own one, once a full disk ended it, others wait for
+            # ever. Nor is its EventsWriter closed where it cannot be flushed.
+            self._events = RecordWriter(str(directory / "tensorboard" / events))
+            self._write_event(now, resume_step + 1, file_version="brain.Event:2")
             start = SessionLog(status=SessionLog.START)  # later steps of earlier files are void
-            self._events.write_event(Event(**begin, session_log=start))
+            self._write_event(now, resume_step + 1, session_log=start)
 
     def __enter__(self) -> RunLog:
         return self
@@ -62,9 +65,9 @@ class RunLog:
         }
         with self._writable():
             self._metrics.write(json.dumps(row) + "\n")
-            now = {"wall_time": time.time(), "step": row["step"]}
+            now = time.time()
             for name, value in scalars.items():
-                self._events.write_event(Event(**now, summary=scalar(name, value)))
+                self._write_event(now, row["step"], summary=scalar(name, value))
         if self._charts is not None:
             self._charts.write(row["step"], scalars)
 
@@ -83,14 +86,16 @@ class RunLog:
             self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
-        with self._writable():
-            self._metrics.close()
-            self._samples.close()
-            self._events.close()
+        """Flushes and closes, each file though another cannot be written."""
+        with self._writable(), ExitStack() as closing:
+            for file in (self._metrics, self._samples, self._events):
+                closing.callback(file.close)
+            self.flush()
         if self._charts is not None:
             self._charts.close()
+
+    def _write_event(self, time: float, step: int, **what: Any) -> None:
+        self._events.write(Event(wall_time=time, step=step, **what).SerializeToString())
 
     @contextmanager
     def _writable(self) -> Generator[None]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import jax
@@ -228,6 +229,22 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
         run(tmp_path / "file" / "sums.jsonl", questions(2))
     with pytest.raises(UserError, match=r"none.jsonl cannot be read: "):
         read_records(tmp_path / "none.jsonl")
+
+
+def test_a_disk_that_fills_up_is_named_and_the_records_before_are_kept(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    run(path, questions(7))
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))
+    try:
+        with pytest.raises(UserError, match=r"sums.jsonl cannot be written: File too large"):
+            run(path, questions(7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run(path, questions(7))
+    assert path.read_bytes() == whole
 
 
 # Whose records.

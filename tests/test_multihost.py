@@ -38,6 +38,8 @@ OVERRIDES = [
     *("--rollout.num-prompts", "8", "--rollout.dynamic-sampling"),
     *("--warm-start.steps", "60", "--warm-start.learning-rate", "0.01"),
     *("--run.steps", str(STEPS), "--run.checkpoint-every", "1", "--run.evaluate-every", "5"),
+    # An eps far above the gradients' rounding, of which Adam would make steps of full size.
+    *("--optimizer.eps", "0.01", "--optimizer.learning-rate", "0.001"),
     # The log-probability proxy measures differences so small that its rounding errors are not.
     *("--reward.workers", "1", "--mtp.estimator", "exact"),
 ]
@@ -171,8 +173,10 @@ def test_two_processes_are_one_of_eight_devices(one_process, two_processes):
             if name != "per_update":
                 wanted = {**other, **other.get("per_update", {})}[name]
                 close = 1e-5 * most if name == "occ/correlation_1" else 1e-6
+                # G is |h|^2: an h that is 1e-5 off has a square that is 2e-5 off.
+                share = 2e-5 if name == "occ/penalty_1_1" else 1e-5
                 np.testing.assert_allclose(
-                    value, wanted, rtol=1e-5, atol=close, err_msg=f"{name} of {row['step']}"
+                    value, wanted, rtol=share, atol=close, err_msg=f"{name} of {row['step']}"
                 )
     assert samples == samples_alone
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, NamedTuple
@@ -96,7 +97,7 @@ class RecordFile:
         """Adds records; they are on disk when it returns.
 
         Raises:
-            UserError: they cannot be written.
+            UserError: they cannot be written; the file is closed.
         """
         if self._file is None:
             return
@@ -105,6 +106,8 @@ class RecordFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
+            with suppress(OSError):  # it still holds what it could not write
+                self._file.close()
             raise UserError(f"{self._path} cannot be written: {error.strerror}") from error
         self.records.extend(records)
 
