@@ -246,8 +246,8 @@ def test_one_that_fails_says_why_and_the_others_that_it_did(one_process):
 def test_processes_that_disagree_say_in_what(two_processes):
     directory = two_processes.parent / "disagreeing"
     directory.mkdir()
-    found = Processes(directory, extra=((), ("--optimizer.learning-rate", "0.001"))).end()
-    expected = "processes 0 and 1 have different configs: optimizer.learning_rate 0.0003 and 0.001"
+    found = Processes(directory, extra=((), ("--optimizer.clip-norm", "0.5"))).end()
+    expected = "processes 0 and 1 have different configs: optimizer.clip_norm 1.0 and 0.5"
     for status, lines in found:
         assert status in (2, 3) and len(lines) == 1 and expected in lines[0]
     assert not (directory / "run").exists()
