@@ -39,14 +39,13 @@ class RunLog:
             self._metrics = _open_after(directory / "metrics.jsonl", resume_step)
             self._samples = _open_after(directory / "samples.jsonl", resume_step)
             (directory / "tensorboard").mkdir(exist_ok=True)
-            now = time.time()
-            events = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
+            events = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
             # In this thread: for tensorboardX's own one, once a full disk ended it, others wait for
             # ever. Nor is its EventsWriter closed where it cannot be flushed.
             self._events = RecordWriter(str(directory / "tensorboard" / events))
-            self._write_event(now, resume_step + 1, file_version="brain.Event:2")
+            self._write_event(resume_step + 1, file_version="brain.Event:2")
             start = SessionLog(status=SessionLog.START)  # later steps of earlier files are void
-            self._write_event(now, resume_step + 1, session_log=start)
+            self._write_event(resume_step + 1, session_log=start)
 
     def __enter__(self) -> RunLog:
         return self
@@ -65,9 +64,8 @@ class RunLog:
         }
         with self._writable():
             self._metrics.write(json.dumps(row) + "\n")
-            now = time.time()
             for name, value in scalars.items():
-                self._write_event(now, row["step"], summary=scalar(name, value))
+                self._write_event(row["step"], summary=scalar(name, value))
         if self._charts is not None:
             self._charts.write(row["step"], scalars)
 
@@ -94,8 +92,9 @@ class RunLog:
         if self._charts is not None:
             self._charts.close()
 
-    def _write_event(self, time: float, step: int, **what: Any) -> None:
-        self._events.write(Event(wall_time=time, step=step, **what).SerializeToString())
+    def _write_event(self, step: int, **what: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **what)
+        self._events.write(event.SerializeToString())
 
     @contextmanager
     def _writable(self) -> Generator[None]:

@@ -156,7 +156,7 @@ def test_two_processes_are_one_of_eight_devices(one_process, two_processes):
     (state, prompts, rows, samples) = outcome(two_processes)
     (alone, prompts_alone, rows_alone, samples_alone) = outcome(one_process)
     assert prompts == prompts_alone > 8 * STEPS  # some groups were drawn again
-    # Of an array as a whole: Adam makes steps of full size of gradients that are hardly there.
+    # Of an array as a whole, as some of its entries are hardly there.
     errors = jax.tree.map(
         lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6),
         (state.params, state.opt_state),
