@@ -2,7 +2,7 @@
 
 import sys
 
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

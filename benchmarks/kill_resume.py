@@ -29,13 +29,13 @@ from typing import Any
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
+    ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     TaskConfig,
     WarmStartConfig,
 )
-from occ_jax.model_config import ModelConfig
 
 _ROOT = Path(__file__).resolve().parent.parent
 _STEPS_A_KILL = 2  # more than a life completes on average, by its four ways to end
@@ -205,13 +205,13 @@ def differences(one: Path, other: Path) -> list[str]:
     import jax
     import numpy as np
 
-    from occ_jax.checkpoint import Checkpoints
     from occ_jax.config import computation
-    from occ_jax.metrics import read_rows
     from occ_jax.models import Model
+    from occ_jax.parallel.sharding import make_mesh
     from occ_jax.rl.train_step import abstract_state
-    from occ_jax.sharding import make_mesh
-    from occ_jax.train import load_config
+    from occ_jax.training.checkpoint import Checkpoints
+    from occ_jax.training.log import read_rows
+    from occ_jax.training.loop import load_config
 
     states: list[Any] = []
     logs: list[Any] = []
@@ -258,8 +258,8 @@ def damage_every_file(campaign: Campaign, run: Path, seed: int) -> dict[str, int
     Noticed in full: the integrity check names the file, the run falls back to the step before, and
     reading the parameters is refused.
     """
-    from occ_jax.checkpoint import damage, newest_intact, restore_params
     from occ_jax.errors import UserError
+    from occ_jax.training.checkpoint import damage, newest_intact, restore_params
 
     randomly = random.Random(seed)
     counts = Counter({"tried": 0, "noticed": 0})

@@ -27,23 +27,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from occ_jax.cli.runtime import keep_freed_memory
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
     Estimator,
+    ModelConfig,
     MTPConfig,
     Regime,
     RolloutConfig,
 )
 from occ_jax.data.pipeline import iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
-from occ_jax.model_config import ModelConfig
 from occ_jax.models import Model, num_parameters
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.rewards.scoring import open_pool
 from occ_jax.rl.train_step import jit_train_step, place_state
-from occ_jax.rollout.collect import collect
-from occ_jax.runtime import keep_freed_memory
-from occ_jax.sharding import make_mesh
+from occ_jax.training.experience import collect
 from occ_jax.types import Batch, TrainState
 
 _ROWS, _PROMPT, _RESPONSE = 32, 64, 64

@@ -19,8 +19,7 @@ With other meshes 256 v5e or 32 v5p are enough, but not for the estimators exact
 import dataclasses
 
 from configs import mimo_7b_dapo
-from occ_jax.config import Config, MeshConfig
-from occ_jax.model_config import ModelConfig, MoEConfig
+from occ_jax.config import Config, MeshConfig, ModelConfig, MoEConfig
 
 
 def get_config() -> Config:

@@ -27,6 +27,7 @@ from occ_jax.config import (
     Config,
     DatasetConfig,
     MeshConfig,
+    ModelConfig,
     MTPConfig,
     OptimizerConfig,
     RewardConfig,
@@ -34,7 +35,6 @@ from occ_jax.config import (
     RunConfig,
     WarmStartConfig,
 )
-from occ_jax.model_config import ModelConfig
 
 # The words that DAPO-Math-17k puts around its problems (its dataset card), so that the evaluation
 # sets, which ship bare problems, ask as training does and answers end in the line that is read.

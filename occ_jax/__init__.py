@@ -19,13 +19,11 @@ if TYPE_CHECKING:
         FixedAuxiliaryState,
         Statistics,
         calibrate_auxiliary,
+        cross_batch_statistics,
         fixed_auxiliary,
         inner_product_statistics,
-        optimal_coefficient,
-    )
-    from occ_jax.estimators import (
-        cross_batch_statistics,
         log_prob_statistics,
+        optimal_coefficient,
         released_code_coefficient,
     )
 
@@ -46,16 +44,13 @@ __all__ = [
     "rl",
 ]
 
-_ESTIMATORS = ("cross_batch_statistics", "log_prob_statistics", "released_code_coefficient")
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'occ_jax' has no attribute {name!r}")
     if name in ("models", "rl"):
         return importlib.import_module(f"occ_jax.{name}")
-    home = "estimators" if name in _ESTIMATORS else "calibration"
-    value = getattr(importlib.import_module(f"occ_jax.{home}"), name)
+    value = getattr(importlib.import_module("occ_jax.calibration"), name)
     globals()[name] = value
     return value
 

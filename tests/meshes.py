@@ -16,15 +16,16 @@ from occ_jax.config import (
     AlgorithmConfig,
     Config,
     MeshConfig,
+    ModelConfig,
+    MoEConfig,
     MTPConfig,
     OptimizerConfig,
     RolloutConfig,
 )
-from occ_jax.model_config import ModelConfig, MoEConfig
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import make_mesh, row_shardings, rows, state_shardings
 from occ_jax.rl.train_step import jit_train_step, place_state
 from occ_jax.rollout.sampler import on_sampling_mesh, sample
-from occ_jax.sharding import make_mesh, row_shardings, rows, state_shardings
 from occ_jax.types import Batch, Rollout
 
 B, P, R, V = 8, 4, 5, 16

@@ -17,14 +17,14 @@ from occ_jax.calibration import CalibrationState
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
+    ModelConfig,
     MTPConfig,
     OptimizerConfig,
     RolloutConfig,
 )
-from occ_jax.model_config import ModelConfig
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import state_shardings
 from occ_jax.rl.train_step import init_state, train_step
-from occ_jax.sharding import state_shardings
 from occ_jax.types import Batch
 
 V, K, TEMPERATURE, P, R = 16, 2, 0.8, 4, 5

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from occ_jax.calibration import Statistics, calibrate_auxiliary
-from occ_jax.estimators import log_prob_statistics
+from occ_jax.calibration.estimators import log_prob_statistics
 
 SPECS = {"embed": P("x", None), "w": P(None, "y"), "both": P("y", "x"), "scale": P()}
 

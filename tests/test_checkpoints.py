@@ -15,17 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-import occ_jax.checkpoint
-from occ_jax.checkpoint import Checkpoints, damage, find_checkpoint, newest_intact
+import occ_jax.training.checkpoint
 from occ_jax.config import MeshConfig, computation
 from occ_jax.data.pipeline import drawn, go_on, iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
 from occ_jax.models import Model
+from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state, place_state
-from occ_jax.sharding import make_mesh, state_shardings
-from occ_jax.train import load_config, open_directory, train
+from occ_jax.training.checkpoint import Checkpoints, damage, find_checkpoint, newest_intact
+from occ_jax.training.loop import load_config, open_directory, train
 from tests.tiny import config_file, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -102,9 +102,9 @@ def test_a_run_may_go_on_on_another_mesh_but_not_with_another_model(tmp_path):
 def test_training_does_not_wait_for_the_files(one_device, tmp_path, monkeypatch):
     """While the manifest is held up, the state is donated, overwritten, and saved all the same."""
     may_close = threading.Event()
-    close = occ_jax.checkpoint._close
+    close = occ_jax.training.checkpoint._close
     monkeypatch.setattr(
-        occ_jax.checkpoint, "_close", lambda path: (may_close.wait(60), close(path))
+        occ_jax.training.checkpoint, "_close", lambda path: (may_close.wait(60), close(path))
     )
     state = jax.tree.map(lambda x: x.copy(), one_device)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
@@ -142,9 +142,9 @@ def test_the_last_complete_one_goes_only_when_its_successor_is(one_device, tmp_p
         checkpoints.save(1, one_device, 0)
         checkpoints.wait()
         held, may_close = threading.Event(), threading.Event()
-        close = occ_jax.checkpoint._close
+        close = occ_jax.training.checkpoint._close
         monkeypatch.setattr(
-            occ_jax.checkpoint,
+            occ_jax.training.checkpoint,
             "_close",
             lambda path: (held.set(), may_close.wait(60), close(path)),
         )
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(one_device, tmp_p
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(occ_jax.checkpoint, "_close", full)
+    monkeypatch.setattr(occ_jax.training.checkpoint, "_close", full)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, one_device, 0)
     with pytest.raises(UserError) as error:
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(one_device, tmp_p
 
 
 def test_asked_to_stop_while_the_last_checkpoint_closes_a_run_ends_with_it(tmp_path, monkeypatch):
-    close = occ_jax.checkpoint._close
+    close = occ_jax.training.checkpoint._close
 
     def interrupted(path):
         if path.name == "6":
@@ -200,7 +200,7 @@ def test_asked_to_stop_while_the_last_checkpoint_closes_a_run_ends_with_it(tmp_p
             time.sleep(0.5)
         close(path)
 
-    monkeypatch.setattr(occ_jax.checkpoint, "_close", interrupted)
+    monkeypatch.setattr(occ_jax.training.checkpoint, "_close", interrupted)
     train(tiny_config(tmp_path), Progress(quiet=True))
     assert damage(tmp_path / "run" / "checkpoints" / "6") is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -209,7 +209,7 @@ def test_asked_to_stop_while_the_last_checkpoint_closes_a_run_ends_with_it(tmp_p
 # The command line, with files of so many bytes at the most.
 FULL_DISK = """
 import resource, sys
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[2:]))

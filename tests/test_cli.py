@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from occ_jax.checks import require_positive
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
+from occ_jax.config.checks import require_positive
 from occ_jax.errors import UserError
-from occ_jax.metrics import read_rows
+from occ_jax.training.log import read_rows
 from tests.tiny import config_file
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_evaluate_and_generate_a_checkpoint(trained, capsys, tmp_path):
 
 
 def test_a_comparison_ends_where_a_run_was_stopped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("occ_jax.compare.train", lambda config, progress: {"step": 3})
+    monkeypatch.setattr("occ_jax.training.compare.train", lambda config, progress: {"step": 3})
     assert main(["compare", str(config_file(tmp_path)), "--seeds", "1"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: stopped at step 3 of detach seed 0; start again to go on"

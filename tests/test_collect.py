@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import occ_jax.rollout.collect
+import occ_jax.training.experience
 from occ_jax.config import AlgorithmConfig, MeshConfig, RewardConfig, WarmStartConfig
 from occ_jax.errors import UserError
-from occ_jax.metrics import read_rows
 from occ_jax.models import Model
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
-from occ_jax.rollout.collect import jit_sampler, jit_splitter
-from occ_jax.sharding import make_mesh
-from occ_jax.train import train
+from occ_jax.training.experience import jit_sampler, jit_splitter
+from occ_jax.training.log import read_rows
+from occ_jax.training.loop import train
 from tests.tiny import tiny_config, verifier_saying
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -46,7 +46,7 @@ def test_groups_that_score_alike_are_drawn_again(tmp_path, monkeypatch):
         drawn.append([example.prompt for example in examples])
         return verifier_saying(every_second_group)(pool, config, tokenizer, examples, completions)
 
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
+    monkeypatch.setattr(occ_jax.training.experience, "judge_completions", judge)
     train(dynamic(tmp_path), Progress(quiet=True))
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     assert len(drawn) == 2
@@ -58,7 +58,9 @@ def test_groups_that_score_alike_are_drawn_again(tmp_path, monkeypatch):
 
 
 def test_too_few_such_groups_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", verifier_saying(all_wrong))
+    monkeypatch.setattr(
+        occ_jax.training.experience, "judge_completions", verifier_saying(all_wrong)
+    )
     with pytest.raises(UserError, match=r"kept 0 of 4 groups after rollout\.max_rounds=3"):
         train(dynamic(tmp_path, max_rounds=3), Progress(quiet=True))
 
@@ -79,7 +81,7 @@ def test_a_run_goes_on_from_where_its_cap_stopped_it(tmp_path, monkeypatch):
         run = dataclasses.replace(config.run, steps=4, checkpoint_every=4, evaluate_every=4)
         train(dataclasses.replace(config, run=run), Progress(quiet=True))
 
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
+    monkeypatch.setattr(occ_jax.training.experience, "judge_completions", judge)
     lean = {5, 6}  # calls: two a step, and two more for the third
     run(whole, max_rounds=4)
     with pytest.raises(UserError, match=r"goes on from here with a higher --rollout\.max-rounds"):
@@ -97,7 +99,7 @@ def test_a_run_goes_on_from_where_its_cap_stopped_it(tmp_path, monkeypatch):
 def test_a_wrong_answers_reward_is_the_configs(tmp_path, monkeypatch):
     """DAPO's -1: the verifier says 0 to three in four, advantages and metrics see -1."""
     judge = verifier_saying(every_second_group)
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
+    monkeypatch.setattr(occ_jax.training.experience, "judge_completions", judge)
     train(
         dataclasses.replace(dynamic(tmp_path), reward=RewardConfig(wrong=-1.0)),
         Progress(quiet=True),

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from occ_jax.cli import main
-from occ_jax.config_file import load_config
+from occ_jax.cli.arguments import main
+from occ_jax.cli.config_file import load_config
 from occ_jax.data.published import PUBLISHED
 from occ_jax.errors import UserError
 from occ_jax.models import Model
-from occ_jax.sharding import AXES, state_shardings
+from occ_jax.parallel.sharding import AXES, state_shardings
 from tests.checkpoint_files import GOLDEN
 
 CONFIGS = Path(__file__).parent.parent / "configs"

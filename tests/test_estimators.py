@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import occ_jax.estimators
+import occ_jax.calibration.estimators
 from occ_jax.calibration import calibrate_auxiliary, inner_product_statistics, optimal_coefficient
-from occ_jax.estimators import (
+from occ_jax.calibration.estimators import (
     cross_batch_statistics,
     log_prob_statistics,
     released_code_coefficient,
@@ -188,5 +188,5 @@ def test_released_coefficient_counts_padding_and_is_ruled_by_one_small_token():
 
 
 def test_the_examples_in_the_documentation_run():
-    results = doctest.testmod(occ_jax.estimators)
+    results = doctest.testmod(occ_jax.calibration.estimators)
     assert results.failed == 0 and results.attempted >= 3

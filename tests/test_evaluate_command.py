@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 from occ_jax.config import Config, MeshConfig, RolloutConfig
 from occ_jax.evaluation.evaluate import call_of
 from occ_jax.evaluation.records import read_records

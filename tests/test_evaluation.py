@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from occ_jax.cli.evaluate import evaluation_directory
 from occ_jax.data.examples import Example, Prompt
 from occ_jax.errors import UserError
-from occ_jax.evaluation.command import evaluation_directory
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask, read_records
-from occ_jax.evaluation.report import (
+from occ_jax.evaluation.tables import (
     compare_evaluations,
     comparison_cells,
     evaluation_cells,

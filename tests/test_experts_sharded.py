@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from occ_jax.config import MeshConfig
-from occ_jax.model_config import ModelConfig, MoEConfig
+from occ_jax.config import MeshConfig, ModelConfig, MoEConfig
 from occ_jax.models import moe
 from occ_jax.models.moe import Experts, MoE, Routing, dispatch
-from occ_jax.sharding import make_mesh, on_mesh, rows, state_shardings
+from occ_jax.parallel.sharding import make_mesh, on_mesh, rows, state_shardings
 
 B, T, E, D, F, k = 8, 6, 4, 16, 32, 2
 CONFIG = ModelConfig(

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import occ_jax.rollout.collect
-import occ_jax.train
-from occ_jax.checkpoint import Checkpoints
+import occ_jax.training.experience
+import occ_jax.training.loop
 from occ_jax.config import MeshConfig, computation
-from occ_jax.metrics import read_rows
 from occ_jax.models import Model
+from occ_jax.parallel.sharding import make_mesh, rows
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
-from occ_jax.sharding import make_mesh, rows
-from occ_jax.train import train
+from occ_jax.training.checkpoint import Checkpoints
+from occ_jax.training.log import read_rows
+from occ_jax.training.loop import train
 from occ_jax.types import Batch, map_rows
 from tests.tiny import tiny_config, verifier_saying
 
@@ -46,7 +46,7 @@ def half_is_dropped(monkeypatch):
         return found
 
     judge = verifier_saying(scores)
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
+    monkeypatch.setattr(occ_jax.training.experience, "judge_completions", judge)
 
 
 def test_nothing_compiles_after_the_first_step_of_each_kind(tmp_path, monkeypatch, half_is_dropped):
@@ -76,14 +76,14 @@ def test_nothing_compiles_after_the_first_step_of_each_kind(tmp_path, monkeypatc
 
 
 def test_a_transfer_that_nobody_asked_for_is_an_error(tmp_path, monkeypatch):
-    update = occ_jax.train._update
+    update = occ_jax.training.loop._update
 
     def careless(run, state, batches, step):
         if step == 2:
             jnp.sin(np.ones(3, np.float32))
         return update(run, state, batches, step)
 
-    monkeypatch.setattr(occ_jax.train, "_update", careless)
+    monkeypatch.setattr(occ_jax.training.loop, "_update", careless)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train(tiny_config(tmp_path, steps=2), Progress(quiet=True))
 
@@ -95,13 +95,13 @@ def test_metrics_are_fetched_while_the_next_rollout_is_under_way(tmp_path, monke
         ("_update", lambda run, state, batches, step: step),
         ("_finish", lambda run, pending, ended, skipped: pending.row["step"]),
     ):
-        original = getattr(occ_jax.train, name)
+        original = getattr(occ_jax.training.loop, name)
 
         def watched(*arguments, name=name, step_of=step_of, original=original):
             events.append(f"{name} {step_of(*arguments)}")
             return original(*arguments)
 
-        monkeypatch.setattr(occ_jax.train, name, watched)
+        monkeypatch.setattr(occ_jax.training.loop, name, watched)
     train(
         tiny_config(tmp_path, steps=3, evaluate_every=3, checkpoint_every=3), Progress(quiet=True)
     )

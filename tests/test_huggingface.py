@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
 from occ_jax.models.huggingface.files import open_checkpoint

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occ_jax.config import MeshConfig
+from occ_jax.config import LatentAttentionConfig, MeshConfig, ModelConfig
 from occ_jax.errors import UserError
-from occ_jax.model_config import LatentAttentionConfig, ModelConfig
 from occ_jax.models import Model
 from occ_jax.models.attention import BY_HEAD, Columns, attend
 from occ_jax.models.kernels import by_lengths, choose, in_pieces, splash
-from occ_jax.sharding import make_mesh, on_mesh, rows
+from occ_jax.parallel.sharding import make_mesh, on_mesh, rows
 
 ROWS, COLUMNS, HEADS, KV_HEADS, WIDTH = 4, 13, 4, 2, 8
 SCALE = 0.3

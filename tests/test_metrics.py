@@ -12,22 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import occ_jax.rollout.collect
-import occ_jax.train
-from occ_jax.cli import main
+import occ_jax.training.experience
+import occ_jax.training.loop
+from occ_jax.cli.arguments import main
 from occ_jax.config import (
     AlgorithmConfig,
     DatasetConfig,
+    ModelConfig,
+    MoEConfig,
     MTPConfig,
     RewardConfig,
     WarmStartConfig,
 )
 from occ_jax.errors import UserError
-from occ_jax.metrics import RunLog, read_rows
-from occ_jax.model_config import ModelConfig, MoEConfig
 from occ_jax.progress import Progress
-from occ_jax.tracking import open_charts
-from occ_jax.train import train
+from occ_jax.training.charts import open_charts
+from occ_jax.training.log import RunLog, read_rows
+from occ_jax.training.loop import train
 from tests.checkpoint_files import GOLDEN
 from tests.published_files import json_lines
 from tests.tiny import tiny_config, verifier_saying
@@ -126,7 +127,7 @@ def logged(tmp_path_factory, quick_compilation):
             if config.rollout.dynamic_sampling:  # a policy that knows nothing is right once a group
                 once = lambda tokens: np.eye(1, tokens.shape[1]).repeat(len(tokens), 0)  # noqa: E731
                 right = verifier_saying(once)
-                patch.setattr(occ_jax.rollout.collect, "judge_completions", right)
+                patch.setattr(occ_jax.training.experience, "judge_completions", right)
             train(config, Progress(quiet=True))
         rows += read_rows(Path(config.run.directory) / "metrics.jsonl")
     return {name for row in rows for name in row} - {"step", "per_update"}, rows, config
@@ -168,7 +169,7 @@ def test_a_steps_time_is_its_own(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, run)
 
-    for module in (occ_jax.train, occ_jax.rollout.collect):
+    for module in (occ_jax.training.loop, occ_jax.training.experience):
         monkeypatch.setattr(module, "time", clock)
 
     def ten_seconds():
@@ -176,9 +177,9 @@ def test_a_steps_time_is_its_own(tmp_path, monkeypatch):
         return 10.0
 
     judge = verifier_saying(lambda completions: 0.0 * completions[:, :, 0], ten_seconds)
-    monkeypatch.setattr(occ_jax.rollout.collect, "judge_completions", judge)
-    slowed(occ_jax.train, "_update", 100.0)
-    slowed(occ_jax.train, "_evaluate", 1000.0)
+    monkeypatch.setattr(occ_jax.training.experience, "judge_completions", judge)
+    slowed(occ_jax.training.loop, "_update", 100.0)
+    slowed(occ_jax.training.loop, "_evaluate", 1000.0)
     # Step 1 is fetched during the next rollout, 2 after an evaluation, 3 before a checkpoint.
     train(cold(tmp_path, steps=4, evaluate_every=2, checkpoint_every=3), Progress(quiet=True))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")[1:]

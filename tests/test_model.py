@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models import Model, num_parameters
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.layers import norm

@@ -18,17 +18,17 @@ import jax
 import numpy as np
 import pytest
 
-from occ_jax.checkpoint import Checkpoints
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
+from occ_jax.cli.config_file import load_config
 from occ_jax.config import computation
-from occ_jax.config_file import load_config
 from occ_jax.evaluation.records import read_records
-from occ_jax.metrics import read_rows
 from occ_jax.models import Model
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state
-from occ_jax.sharding import make_mesh
-from occ_jax.train import train
+from occ_jax.training.checkpoint import Checkpoints
+from occ_jax.training.log import read_rows
+from occ_jax.training.loop import train
 from tests.tiny import config_file
 
 ROOT = Path(__file__).parent.parent
@@ -274,10 +274,10 @@ from jax.sharding import Mesh
 
 number = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, number, cluster_detection_method="deactivate")
-from occ_jax import hosts
+from occ_jax.parallel import hosts
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
-from occ_jax.sharding import make_mesh
+from occ_jax.parallel.sharding import make_mesh
 
 straight = make_mesh(MeshConfig(data=4, fsdp=2))
 whole = np.arange(48, dtype=np.int32).reshape(16, 3)
@@ -389,14 +389,14 @@ def test_help_is_given_whatever_the_environment(tmp_path):
 
 ABORT = """
 import os, sys
-from occ_jax import distributed
+from occ_jax.parallel import processes
 
 def run():
-    distributed._mean("process 0, the coordinator, has gone")
+    processes._mean("process 0, the coordinator, has gone")
     os.write(2, b"F0000 something else\\n")
     os.abort()
 
-sys.exit(distributed.supervise(run))
+sys.exit(processes.supervise(run))
 """
 
 

@@ -12,14 +12,14 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occ_jax.errors import UserError
-from occ_jax.model_config import (
+from occ_jax.config import (
     DeltaNetConfig,
     LatentAttentionConfig,
     ModelConfig,
     MoEConfig,
     YarnConfig,
 )
+from occ_jax.errors import UserError
 from occ_jax.models import Model
 from occ_jax.models.cache import extend
 from occ_jax.models.delta_net import Signals, delta_chunks, delta_step

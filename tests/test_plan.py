@@ -13,17 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 import occ_jax.planning.machines
 import occ_jax.planning.plan
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 from occ_jax.config import MeshConfig, MTPConfig, computation
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.planning.flops import count_flops
 from occ_jax.planning.hlo import collective_bytes, largest_arrays
 from occ_jax.planning.machines import GIB, Machine, virtual
 from occ_jax.planning.plan import Plan, Program, per_device, plan, wanted
 from occ_jax.planning.report import render, to_json, verdict
 from occ_jax.rl.train_step import place_state
-from occ_jax.sharding import make_mesh, state_shardings
 from tests.tiny import config_file, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

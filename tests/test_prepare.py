@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 from occ_jax.data import answers
 from occ_jax.data.chat import Message
 from occ_jax.data.prepared import open_set

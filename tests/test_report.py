@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from occ_jax.report import (
+from occ_jax.training.figures import (
     _accuracy_figure,
     _by_update,
     _coefficient_figure,

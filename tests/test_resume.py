@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from occ_jax.checkpoint import Checkpoints
 from occ_jax.config import computation, to_dict
 from occ_jax.files import write_json
-from occ_jax.metrics import read_rows
 from occ_jax.models import Model
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state
-from occ_jax.sharding import make_mesh
-from occ_jax.train import train
+from occ_jax.training.checkpoint import Checkpoints
+from occ_jax.training.log import read_rows
+from occ_jax.training.loop import train
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models import Model
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.scoring import (

@@ -13,24 +13,29 @@ from jax.sharding import PartitionSpec as Spec
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
+    DeltaNetConfig,
+    LatentAttentionConfig,
     MeshConfig,
+    ModelConfig,
+    MoEConfig,
     MTPConfig,
     OptimizerConfig,
     RolloutConfig,
 )
 from occ_jax.errors import UserError
-from occ_jax.model_config import (
-    DeltaNetConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    MoEConfig,
-)
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import score_tokens
+from occ_jax.parallel.sharding import (
+    abstract,
+    make_mesh,
+    on_mesh,
+    replicated,
+    rows,
+    state_shardings,
+)
 from occ_jax.planning.hlo import collective_bytes
 from occ_jax.rl import gradients
 from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
-from occ_jax.sharding import abstract, make_mesh, on_mesh, replicated, rows, state_shardings
 from occ_jax.types import Batch
 from tests.one_update import copied
 

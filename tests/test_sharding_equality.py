@@ -12,9 +12,16 @@ import pytest
 
 from occ_jax.config import Config, MeshConfig, RolloutConfig
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import (
+    abstract,
+    make_mesh,
+    on_mesh,
+    replicated,
+    rows,
+    state_shardings,
+)
 from occ_jax.rollout import sampler
-from occ_jax.rollout.collect import jit_sampler
-from occ_jax.sharding import abstract, make_mesh, on_mesh, replicated, rows, state_shardings
+from occ_jax.training.experience import jit_sampler
 from tests.meshes import (
     MESHES,
     MODELS,

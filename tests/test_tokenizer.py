@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from occ_jax.config import ModelConfig
 from occ_jax.data.chat import Message
 from occ_jax.data.tokenizer import (
     DIGITS,
@@ -18,7 +19,6 @@ from occ_jax.data.tokenizer import (
     until_end,
 )
 from occ_jax.errors import UserError
-from occ_jax.model_config import ModelConfig
 from tests.checkpoint_files import GOLDEN, change_json, write_json, write_tokenizer
 
 USER = Message("user", " What is 12 + 30? ")

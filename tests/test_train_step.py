@@ -16,8 +16,8 @@ import pytest
 
 import occ_jax.rl.gradients
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.rl.train_step import jit_train_step, place_state, train_step
-from occ_jax.sharding import make_mesh, state_shardings
 from tests.one_update import (
     MASKS,
     B,

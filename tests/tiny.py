@@ -9,6 +9,7 @@ import numpy as np
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
+    ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
@@ -17,7 +18,6 @@ from occ_jax.config import (
 )
 from occ_jax.data.examples import Example
 from occ_jax.data.tokenizer import Tokenizer
-from occ_jax.model_config import ModelConfig
 from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 

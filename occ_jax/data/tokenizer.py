@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from occ_jax.config import ModelConfig
 from occ_jax.data.chat import Message, RenderChat, load_chat_template
 from occ_jax.errors import UserError, one_line
-from occ_jax.model_config import ModelConfig
 
 ALPHABET = "0123456789+=>,"
 _PAD, _EOS = "<pad>", "<eos>"

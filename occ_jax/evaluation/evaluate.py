@@ -20,15 +20,7 @@ from occ_jax.data.pipeline import encode_completions, pad_prompts
 from occ_jax.data.tasks import has_unique_completion
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask
-from occ_jax.evaluation.report import summarise
-from occ_jax.hosts import (
-    all_rows,
-    block,
-    fold_in,
-    gather_objects,
-    put_everywhere,
-    put_same_rows,
-)
+from occ_jax.evaluation.tables import summarise
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     auxiliary_masks,
@@ -36,11 +28,19 @@ from occ_jax.models.scoring import (
     score_tokens,
     trunk_states,
 )
+from occ_jax.parallel.hosts import (
+    all_rows,
+    block,
+    fold_in,
+    gather_objects,
+    put_everywhere,
+    put_same_rows,
+)
+from occ_jax.parallel.sharding import on_mesh, row_shardings, rows
 from occ_jax.rewards.pool import Judged, VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rl.gradients import micro_batches
 from occ_jax.rollout.sampler import on_sampling_mesh, sample
-from occ_jax.sharding import on_mesh, row_shardings, rows
 from occ_jax.types import Params, Rollout
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from occ_jax.hosts import all_rows
+from occ_jax.parallel.hosts import all_rows
 from occ_jax.types import Params
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from occ_jax.data.examples import Prompt
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import replace_text
-from occ_jax.hosts import of_first
+from occ_jax.parallel.hosts import of_first
 from occ_jax.rewards.pool import Judged
 
 _FORMAT = "occ_jax evaluation, version 1"

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.kernels import by_lengths, choose, in_pieces, splash
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
-from occ_jax.sharding import Names, constrain
+from occ_jax.parallel.sharding import Names, constrain
 
 BY_HEAD = ("rows", None, "heads", None)  # queries, keys and values on the mesh
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from occ_jax.models.attention import BY_HEAD, KVCache
 from occ_jax.models.delta_net import STATE, WINDOW, DeltaState
 from occ_jax.models.latent_attention import WHOLE, LatentCache
-from occ_jax.sharding import Names, constrain, spec_of
+from occ_jax.parallel.sharding import Names, constrain, spec_of
 
 
 def extend(cache: Any, *, copies: int, columns: int) -> Any:

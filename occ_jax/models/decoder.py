@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.transformer import (
@@ -28,7 +28,7 @@ from occ_jax.models.transformer import (
     rematerialised,
     segments,
 )
-from occ_jax.sharding import constrain, gathered
+from occ_jax.parallel.sharding import constrain, gathered
 from occ_jax.types import Params
 
 Cache = Sequence[tuple[LayerCache, ...]]

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.attention import BY_HEAD, Columns
 from occ_jax.models.layers import linear, norm
-from occ_jax.sharding import constrain
+from occ_jax.parallel.sharding import constrain
 
 # What a layer remembers, on the mesh.
 WINDOW, STATE = ("rows", None, None), ("rows", "heads", None, None)

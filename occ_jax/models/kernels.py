@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from occ_jax.model_config import AttentionKernel
-from occ_jax.sharding import Names, current_mesh, spec_of
+from occ_jax.config import AttentionKernel
+from occ_jax.parallel.sharding import Names, current_mesh, spec_of
 
 _BLOCK = 512  # columns of queries and of keys that a TPU works on at once
 _LANES = 128

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ_jax.model_config import LatentAttentionConfig, ModelConfig
+from occ_jax.config import LatentAttentionConfig, ModelConfig
 from occ_jax.models.attention import BY_HEAD, Columns, attend, write_columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
-from occ_jax.sharding import constrain
+from occ_jax.parallel.sharding import constrain
 
 WHOLE = ("rows", None, None)  # latents on the mesh: all heads read them
 

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 
 
 def whole_tiles(x: Array) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.decoder import (
     Cache,
@@ -32,7 +32,7 @@ from occ_jax.models.decoder import (
 from occ_jax.models.layers import whole_tiles
 from occ_jax.models.mtp import MTPModule
 from occ_jax.models.transformer import BlockOutput, LayerCache
-from occ_jax.sharding import gathered
+from occ_jax.parallel.sharding import gathered
 from occ_jax.types import Params
 
 

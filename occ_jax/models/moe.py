@@ -26,10 +26,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from occ_jax.model_config import ModelConfig, MoEConfig
+from occ_jax.config import ModelConfig, MoEConfig
 from occ_jax.models.grouped import grouped_product
 from occ_jax.models.layers import SwiGLU, linear
-from occ_jax.sharding import ROWS, current_mesh, layer_spec
+from occ_jax.parallel.sharding import ROWS, current_mesh, layer_spec
 
 # Tokens that are dispatched at once. Their k copies are the layer's largest arrays, and with E
 # experts each sees k/E of them: at 8,192 tokens, k = 8 and E = 128 that is 512 a matrix, enough to

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.transformer import RESIDUAL, Block, BlockOutput, LayerCache, mtp_kind
-from occ_jax.sharding import constrain
+from occ_jax.parallel.sharding import constrain
 
 
 class MTPModule(nnx.Module):

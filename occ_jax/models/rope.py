@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 
 
 class Rotary(NamedTuple):

@@ -19,7 +19,7 @@ from occ_jax.models.decoder import output_head, read_head
 from occ_jax.models.distributions import entropy, soft_cross_entropy, token_log_probs
 from occ_jax.models.layers import whole_tiles
 from occ_jax.models.model import Model
-from occ_jax.sharding import for_every_place
+from occ_jax.parallel.sharding import for_every_place
 from occ_jax.types import Params
 
 

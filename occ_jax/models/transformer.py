@@ -15,13 +15,13 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from occ_jax.model_config import ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.attention import Attention, Columns, KVCache
 from occ_jax.models.delta_net import DeltaNet, DeltaState
 from occ_jax.models.latent_attention import LatentAttention, LatentCache
 from occ_jax.models.layers import SwiGLU, norm
 from occ_jax.models.moe import MoE
-from occ_jax.sharding import constrain, current_mesh
+from occ_jax.parallel.sharding import constrain, current_mesh
 
 LayerCache = KVCache | LatentCache | DeltaState
 
@@ -142,7 +142,7 @@ def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callabl
 
 
 def _kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Whether a result is kept: all but those of `occ_jax.sharding.gathered`."""
+    """Whether a result is kept: all but those of `occ_jax.parallel.sharding.gathered`."""
     inner = parameters.get("call_jaxpr")
     within = [] if inner is None else [found.primitive.name for found in inner.eqns]
     return "sharding_constraint" not in (primitive.name, *within)

@@ -30,13 +30,13 @@ from occ_jax.evaluation.evaluate import call_of, jit_evaluation_sampler
 from occ_jax.models.cache import cache_shardings, extend
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import column_positions
+from occ_jax.parallel.sharding import make_mesh, replicated, row_shardings, rows
 from occ_jax.planning.flops import count_flops
 from occ_jax.planning.hlo import collective_bytes, largest_arrays
 from occ_jax.planning.machines import GIB, Machine
 from occ_jax.rl.gradients import apart
 from occ_jax.rl.train_step import abstract_state, jit_train_step
-from occ_jax.rollout.collect import jit_sampler, jit_splitter
-from occ_jax.sharding import make_mesh, replicated, row_shardings, rows
+from occ_jax.training.experience import jit_sampler, jit_splitter
 from occ_jax.types import Batch, Params, Rollout, TrainState
 
 _ENDS = ((0,), 0)  # of a response, and its filler: the tokenizer's; no program is larger for them

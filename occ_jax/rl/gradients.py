@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from occ_jax.calibration import Statistics, inner_product_statistics
+from occ_jax.calibration.estimators import log_prob_statistics
 from occ_jax.config import Config
-from occ_jax.estimators import log_prob_statistics
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_masks, trunk_states
+from occ_jax.parallel.sharding import constrain
 from occ_jax.rl.objective import (
     Denominators,
     HeadMetrics,
@@ -40,7 +41,6 @@ from occ_jax.rl.objective import (
     module_scores,
     module_states,
 )
-from occ_jax.sharding import constrain
 from occ_jax.types import Batch, Params, Rows, map_rows
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from occ_jax.calibration.estimators import released_code_coefficient
 from occ_jax.config import AlgorithmConfig, Config
-from occ_jax.estimators import released_code_coefficient
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
     TokenScores,

@@ -24,12 +24,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from occ_jax.calibration import Statistics, inner_product_statistics
+from occ_jax.calibration.estimators import cross_batch_statistics
 from occ_jax.config import Config
-from occ_jax.estimators import cross_batch_statistics
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import abstract, on_mesh, replicated, row_shardings, state_shardings
 from occ_jax.rl.gradients import Gradients, apart, mini_batch_gradients
 from occ_jax.rl.optimizer import current_coefficient, learning_rate_schedule, make_optimizer
-from occ_jax.sharding import abstract, on_mesh, replicated, row_shardings, state_shardings
 from occ_jax.types import Batch, Params, TrainState
 
 Metrics = dict[str, Array]

@@ -22,7 +22,7 @@ from occ_jax.models.decoder import Cache
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, column_positions, score_tokens
-from occ_jax.sharding import constrain, gathering_once, on_mesh
+from occ_jax.parallel.sharding import constrain, gathering_once, on_mesh
 from occ_jax.types import Params, Rollout, map_rows
 
 _Arguments = ParamSpec("_Arguments")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occ_jax.cli import main
+from occ_jax.cli.arguments import main
 from occ_jax.models import load_pretrained
 from tests.parity import reference
 

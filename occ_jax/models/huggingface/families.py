@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from occ_jax.errors import UserError
-from occ_jax.model_config import (
+from occ_jax.config import (
     AttentionKernel,
     DeltaNetConfig,
     DType,
@@ -21,6 +20,7 @@ from occ_jax.model_config import (
     ModelConfig,
     MoEConfig,
 )
+from occ_jax.errors import UserError
 from occ_jax.models.huggingface.files import CONFIG, Json, read_config_json, read_names
 from occ_jax.models.huggingface.names import Names
 from occ_jax.models.huggingface.values import Values, basics

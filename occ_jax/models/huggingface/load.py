@@ -21,9 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from occ_jax.config import MeshConfig
+from occ_jax.config import MeshConfig, ModelConfig
 from occ_jax.errors import UserError
-from occ_jax.model_config import ModelConfig
 from occ_jax.models.huggingface.families import (
     FREE_FIELDS,
     find_family,
@@ -42,7 +41,7 @@ from occ_jax.models.huggingface.names import (
 )
 from occ_jax.models.huggingface.values import Values
 from occ_jax.models.model import Model
-from occ_jax.sharding import make_mesh, state_shardings
+from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.types import Params
 
 _COMPARED_BYTES = 1 << 24  # at once, of a tensor and its copy
@@ -73,7 +72,7 @@ def load_pretrained(
 
     Returns:
         The model, whose config names the directory, and {"trunk": ..., "mtp": ...} in
-        `config.param_dtype`, sharded as `occ_jax.sharding` says.
+        `config.param_dtype`, sharded as `occ_jax.parallel.sharding` says.
 
     Raises:
         UserError: naming the file, and the tensor or key, that is missing, damaged, of the wrong

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from occ_jax.model_config import ModelConfig, MoEConfig
+from occ_jax.config import ModelConfig, MoEConfig
 from occ_jax.models.transformer import LayerKind, mtp_kind, segments
 
 Layout = Literal["matrix", "plain", "convolution"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from occ_jax.config import YarnConfig
 from occ_jax.errors import UserError
-from occ_jax.model_config import YarnConfig
 from occ_jax.models.huggingface.files import Json
 
 _T = TypeVar("_T")

@@ -15,8 +15,8 @@ from occ_jax.data.pipeline import evaluation_prompts, pad
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.rollout.sampler import on_sampling_mesh, sample
-from occ_jax.sharding import make_mesh
 from occ_jax.types import Params
 
 

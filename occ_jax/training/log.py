@@ -21,7 +21,7 @@ from tensorboardX.summary import scalar
 
 from occ_jax.errors import UserError
 from occ_jax.files import replace_text
-from occ_jax.tracking import Charts
+from occ_jax.training.charts import Charts
 
 Row = dict[str, Any]
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Key, UInt32
 
 from occ_jax.config import Config, differences, from_dict, to_dict
 from occ_jax.errors import UserError
-from occ_jax.sharding import replicated, rows
+from occ_jax.parallel.sharding import replicated, rows
 
 _T = TypeVar("_T")
 

@@ -1,9 +1,9 @@
 """What a person looks at after a run: figures, the comparison table, the closing lines.
 
 Owns every figure and every printed result. Reads rows of metrics.jsonl alone, so all of it can be
-made again from a run directory; what a row holds is `occ_jax.train`'s business. A run that went
-wrong must still be drawn, so numbers that are not finite are left out of figures; a table shows no
-mean where one of the seeds has none, as the mean of those that survived would flatter.
+made again from a run directory; what a row holds is `occ_jax.training.loop`'s business. A run that
+went wrong must still be drawn, so numbers that are not finite are left out of figures; a table
+shows no mean where one of the seeds has none, as the mean of those that survived would flatter.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
-from occ_jax.metrics import Row
 from occ_jax.tables import markdown_table
+from occ_jax.training.log import Row
 
 Rows = Sequence[Row]
 Runs = Mapping[str, Sequence[Rows]]

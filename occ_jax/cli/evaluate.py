@@ -17,17 +17,17 @@ from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import evaluation_prompts
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
-from occ_jax.evaluation import report
+from occ_jax.evaluation import tables
 from occ_jax.evaluation.evaluate import call_of, evaluate, set_key
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
-from occ_jax.hosts import is_first, of_first
 from occ_jax.models.model import Model
+from occ_jax.parallel.hosts import is_first, of_first
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
 from occ_jax.rewards.scoring import open_pool, verifier_of
-from occ_jax.sharding import make_mesh
 from occ_jax.tables import markdown_table, print_table
 from occ_jax.types import Params
 
@@ -84,7 +84,7 @@ def run_evaluation(
         num_prompts = sys.maxsize if config.dataset.name else _TASK_QUESTIONS
     sets = evaluation_prompts(config, tokenizer, num_prompts)
     voted = any(":" not in verifier_of(config, name) for name in sets)
-    report.require_ks(ks, num_samples, majorities=voted)  # before anything is sampled
+    tables.require_ks(ks, num_samples, majorities=voted)  # before anything is sampled
     with open_pool(config) as pool:
         found = _evaluate_into(
             output,
@@ -101,9 +101,9 @@ def run_evaluation(
         )
 
     def conclude() -> None:
-        figures = {"checkpoint": str(checkpoint), **report.evaluation_report(found, ks)}
-        cells = report.evaluation_cells(figures)
-        _write(output, "summary", figures, cells, f"# {checkpoint}", report.NOTE)
+        figures = {"checkpoint": str(checkpoint), **tables.evaluation_report(found, ks)}
+        cells = tables.evaluation_cells(figures)
+        _write(output, "summary", figures, cells, f"# {checkpoint}", tables.NOTE)
         print(f"records, summary.json and summary.md in {output}")
 
     of_first(conclude)
@@ -115,14 +115,14 @@ def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> 
     Raises:
         UserError: one is missing or unfinished, or they are of different questions.
     """
-    found = report.compare_evaluations(report.read_evaluation(a), report.read_evaluation(b), ks)
-    note = report.COMPARISON_NOTE
+    found = tables.compare_evaluations(tables.read_evaluation(a), tables.read_evaluation(b), ks)
+    note = tables.COMPARISON_NOTE
     for name, settings in found["settings"].items():
         listed = ", ".join(
             f"{key} {ours!r} / {theirs!r}" for key, (ours, theirs) in settings.items()
         )
         note += f"\n\nThe evaluations on {name} differ in their settings: {listed}."
-    _write(output, "comparison", found, report.comparison_cells(found), f"# A {a}, B {b}", note)
+    _write(output, "comparison", found, tables.comparison_cells(found), f"# A {a}, B {b}", note)
 
 
 def _write(

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import json_text, write_json
-from occ_jax.hosts import is_first, of_first
+from occ_jax.parallel.hosts import is_first, of_first
 from occ_jax.types import Params, TrainState
 
 _STEP = re.compile(r"\d+")

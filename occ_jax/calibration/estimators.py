@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from occ_jax.calibration import Statistics, inner_product_statistics
+from occ_jax.calibration.transform import Statistics, inner_product_statistics
 
 
 def cross_batch_statistics(
@@ -49,7 +49,7 @@ def cross_batch_statistics(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from occ_jax.estimators import cross_batch_statistics
+      >>> from occ_jax.calibration import cross_batch_statistics
       >>> g, h = jnp.array([1.0, 3.0]), jnp.array([2.0, 4.0])  # one parameter, two micro-batches
       >>> statistics = cross_batch_statistics(g.sum(), h.sum(), jnp.sum(g * h)[None], 2)
       >>> statistics.correlation.tolist()  # the mean of 1 * 4 and 3 * 2

@@ -7,8 +7,8 @@
 Owns the weights λ of K auxiliary gradients h_k added to a main gradient g: the inner products
 they are measured by, the bound they maximise, and the optimizer state that carries them from step
 to step. Knows nothing of language models or of reinforcement learning. Other measurements of the
-same two statistics are left to `occ_jax.estimators`; clipping, preconditioning and the learning
-rate to the transformations that follow in the chain.
+same two statistics are left to `occ_jax.calibration.estimators`; clipping, preconditioning and the
+learning rate to the transformations that follow in the chain.
 """
 
 import functools

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from occ_jax.checks import require, require_choice, require_not_negative, require_positive
+from occ_jax.config.checks import require, require_choice, require_not_negative, require_positive
 
 DType = Literal["float32", "bfloat16"]
 AttentionKernel = Literal["auto", "plain", "cudnn", "splash"]

@@ -2,8 +2,8 @@
 
 The host side of a step. Rewards are computed here because verifiers are host programs in general;
 everything before and after them stays on device. Of several processes each samples and judges its
-block of the prompts (`occ_jax.hosts`); scores and lengths of all are gathered, so that all keep the
-same groups and log the same figures.
+block of the prompts (`occ_jax.parallel.hosts`); scores and lengths of all are gathered, so that all
+keep the same groups and log the same figures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from occ_jax.data.examples import Prompt, prompt_text
 from occ_jax.data.pipeline import pad_prompts
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
-from occ_jax.hosts import (
+from occ_jax.models.model import Model
+from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
+from occ_jax.parallel.hosts import (
     block,
     fold_in,
     gather,
@@ -34,8 +36,7 @@ from occ_jax.hosts import (
     put_everywhere,
     put_rows,
 )
-from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
+from occ_jax.parallel.sharding import on_mesh, row_shardings
 from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
@@ -43,7 +44,6 @@ from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.gradients import micro_batches
 from occ_jax.rl.losses import rollout_correction
 from occ_jax.rollout.sampler import on_sampling_mesh, sample_in_chunks
-from occ_jax.sharding import on_mesh, row_shardings
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
 

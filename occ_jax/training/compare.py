@@ -8,10 +8,10 @@ from pathlib import Path
 from occ_jax.config import AlgorithmConfig, Config, MTPConfig
 from occ_jax.errors import UserError
 from occ_jax.files import write_json
-from occ_jax.metrics import Row, read_rows
 from occ_jax.progress import Progress
-from occ_jax.report import comparison, comparison_table, write_figures
-from occ_jax.train import train
+from occ_jax.training.figures import comparison, comparison_table, write_figures
+from occ_jax.training.log import Row, read_rows
+from occ_jax.training.loop import train
 
 
 def variants(config: Config, *, exact: bool = False) -> dict[str, Config]:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from occ_jax import commands, distributed
-from occ_jax.config_file import load_config
+from occ_jax.cli import commands
+from occ_jax.cli.config_file import load_config
+from occ_jax.cli.runtime import hold_back_orbax, keep_freed_memory
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
-from occ_jax.runtime import hold_back_orbax, keep_freed_memory
+from occ_jax.parallel import processes
 
 _OF_PROCESSES = {"train", "evaluate"}  # commands that several processes can run together
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
@@ -43,8 +44,8 @@ class _Help(argparse.Action):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the process's exit status, 1 for a plan that does not fit."""
-    if {*arguments[:1]} & _OF_PROCESSES and distributed.requested(arguments):
-        return distributed.supervise(lambda: _run(arguments))
+    if {*arguments[:1]} & _OF_PROCESSES and processes.requested(arguments):
+        return processes.supervise(lambda: _run(arguments))
     return _run(arguments)
 
 
@@ -105,9 +106,9 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
     _add_prepare(subparsers)
     _add_convert(subparsers)
     options, rest = parser.parse_known_args(arguments)
-    if any(argument.startswith(distributed.FLAG) for argument in rest):
+    if any(argument.startswith(processes.FLAG) for argument in rest):
         raise UserError(
-            f"{options.command} runs in one process; {distributed.FLAG}* is for train and evaluate"
+            f"{options.command} runs in one process; {processes.FLAG}* is for train and evaluate"
         )
     if getattr(options, "checkpoint", None):
         rest = [*_model_of(Path(options.checkpoint)), *rest]
@@ -268,7 +269,7 @@ def _model_of(checkpoint: Path) -> list[str]:
         return ["--model.checkpoint", str(checkpoint)]
     for owner in (checkpoint, checkpoint.parent.parent):
         if (owner / "checkpoints").is_dir() and (owner / "config.json").is_file():
-            from occ_jax.train import load_config
+            from occ_jax.training.loop import load_config
 
             found = load_config(owner).model.checkpoint
             return ["--model.checkpoint", found] if found else []

@@ -27,7 +27,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from occ_jax.checkpoint import Checkpoints, newest_intact
 from occ_jax.config import Config, MeshConfig, computation, differences, from_dict, to_dict
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import (
@@ -44,19 +43,20 @@ from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluation.evaluate import evaluate_sets
 from occ_jax.files import PARTIAL, write_json
-from occ_jax.hosts import check_hosts, fold_in, is_first, of_first
-from occ_jax.metrics import Row, RunLog, read_rows
 from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
+from occ_jax.parallel.hosts import check_hosts, fold_in, is_first, of_first
+from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
 from occ_jax.rewards.scoring import open_pool
 from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
-from occ_jax.rollout.collect import Experience, TooFewGroups, collect
-from occ_jax.sharding import make_mesh
-from occ_jax.tracking import check_charts, open_charts
+from occ_jax.training.charts import check_charts, open_charts
+from occ_jax.training.checkpoint import Checkpoints, newest_intact
+from occ_jax.training.experience import Experience, TooFewGroups, collect
+from occ_jax.training.log import Row, RunLog, read_rows
+from occ_jax.training.warm_start import starting_params
 from occ_jax.types import Params, TrainState
-from occ_jax.warm_start import starting_params
 
 # Fields in which a run directory and the config that resumes it may differ.
 _MAY_CHANGE = {

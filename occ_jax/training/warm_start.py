@@ -23,12 +23,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from occ_jax.checkpoint import restore_params, save_params
 from occ_jax.config import Config
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
-from occ_jax.hosts import of_first
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
@@ -37,8 +35,10 @@ from occ_jax.models.scoring import (
     score_tokens,
     trunk_states,
 )
+from occ_jax.parallel.hosts import of_first
+from occ_jax.parallel.sharding import abstract, constrain, on_mesh, state_shardings
 from occ_jax.rl.losses import mean, negative_log_likelihood
-from occ_jax.sharding import abstract, constrain, on_mesh, state_shardings
+from occ_jax.training.checkpoint import restore_params, save_params
 from occ_jax.types import Params
 
 # Training prompts of the warm-up come from a stream that no run's seed names.

@@ -14,10 +14,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from occ_jax import distributed
 from occ_jax.config import Config, differences
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
+from occ_jax.parallel import processes
 
 if TYPE_CHECKING:
     from occ_jax.data.tokenizer import Tokenizer
@@ -33,11 +33,11 @@ _SAME_PARAMETERS = {
 
 def run_train(config: Config, options: argparse.Namespace) -> None:
     """Trains, then prints what became of the objective and draws the figures."""
-    from occ_jax.hosts import is_first
-    from occ_jax.metrics import read_rows
+    from occ_jax.parallel.hosts import is_first
     from occ_jax.progress import Progress
-    from occ_jax.report import run_report, write_figures
-    from occ_jax.train import train
+    from occ_jax.training.figures import run_report, write_figures
+    from occ_jax.training.log import read_rows
+    from occ_jax.training.loop import train
 
     with _joined(options, asks=True):
         train(config, Progress(quiet=not is_first()))
@@ -52,17 +52,17 @@ def run_train(config: Config, options: argparse.Namespace) -> None:
 
 def run_compare(config: Config, options: argparse.Namespace) -> None:
     """Trains every regime from one starting policy; prints the table."""
-    from occ_jax.compare import compare
     from occ_jax.progress import Progress
+    from occ_jax.training.compare import compare
 
     print(compare(config, seeds=options.seeds, exact=options.exact, progress=Progress()))
 
 
 def run_evaluate(config: Config, options: argparse.Namespace) -> None:
     """Judges a checkpoint; keeps records and tables, and prints the tables."""
-    from occ_jax.evaluation.command import evaluation_directory, run_evaluation
-    from occ_jax.hosts import check_hosts
-    from occ_jax.sharding import make_mesh
+    from occ_jax.cli.evaluate import evaluation_directory, run_evaluation
+    from occ_jax.parallel.hosts import check_hosts
+    from occ_jax.parallel.sharding import make_mesh
 
     for k in options.k:
         if k > options.samples:
@@ -93,14 +93,14 @@ def run_evaluate(config: Config, options: argparse.Namespace) -> None:
 
 def run_compare_evaluations(options: argparse.Namespace) -> None:
     """Prints how two kept evaluations differ, question by question."""
-    from occ_jax.evaluation.command import run_comparison
+    from occ_jax.cli.evaluate import run_comparison
 
     run_comparison(options.a, options.b, options.k, options.output)
 
 
 def run_generate(config: Config, options: argparse.Namespace) -> None:
     """Prints prompts with what a checkpoint makes of them."""
-    from occ_jax.generate import generate
+    from occ_jax.cli.generate import generate
 
     if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
@@ -186,7 +186,7 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def run_convert(options: argparse.Namespace) -> None:
     """Writes parameters in the other layout; prints what was written."""
-    from occ_jax.convert import convert
+    from occ_jax.cli.convert import convert
 
     print(convert(options.source, options.target, dtype=options.dtype, layout=options.layout))
 
@@ -202,8 +202,8 @@ def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
         for name, value in vars(options).items()
         if name.startswith("distributed.")
     }
-    if any(value is not None for value in given.values()) or distributed.in_environment():
-        with distributed.joined(distributed.read_options(**given)):
+    if any(value is not None for value in given.values()) or processes.in_environment():
+        with processes.joined(processes.read_options(**given)):
             if not asks:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             yield
@@ -218,9 +218,9 @@ def _name(config: Config) -> str:
 
 def _newest(path: Path) -> Path:
     """The checkpoint that a path stands for, the same for all processes."""
-    from occ_jax.checkpoint import find_checkpoint
-    from occ_jax.hosts import of_first
     from occ_jax.models.huggingface.files import is_pretrained
+    from occ_jax.parallel.hosts import of_first
+    from occ_jax.training.checkpoint import find_checkpoint
 
     # A run that still trains may have another one by the time the next process looks.
     return path if is_pretrained(path) else Path(of_first(lambda: str(find_checkpoint(path))))
@@ -228,14 +228,14 @@ def _newest(path: Path) -> Path:
 
 def _load(config: Config, checkpoint: Path) -> tuple[Model, Tokenizer, Params]:
     """The parameters of a checkpoint, after checking that they are of the configured model."""
-    from occ_jax.checkpoint import restore_params
     from occ_jax.config import computation
     from occ_jax.data.tokenizer import model_tokenizer
     from occ_jax.models import Model, load_pretrained
     from occ_jax.models.huggingface.files import is_pretrained
+    from occ_jax.parallel.sharding import make_mesh
     from occ_jax.rl.train_step import abstract_state
-    from occ_jax.sharding import make_mesh
-    from occ_jax.train import check_task_fits, load_config, same_directory
+    from occ_jax.training.checkpoint import restore_params
+    from occ_jax.training.loop import check_task_fits, load_config, same_directory
 
     tokenizer = model_tokenizer(config.model)
     check_task_fits(config, tokenizer)

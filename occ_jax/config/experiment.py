@@ -1,7 +1,7 @@
 """Everything a run can be told, as frozen dataclasses that refuse bad values at construction.
 
 This file owns names, defaults and validation; it computes nothing, and leaves what a model is made
-of to `occ_jax.model_config`. A `Config` is hashable, so it can be a static argument of a jitted
+of to `occ_jax.config`. A `Config` is hashable, so it can be a static argument of a jitted
 function, and `to_dict`/`from_dict` round-trip through JSON, so the file saved with a run is enough
 to repeat it.
 """
@@ -15,9 +15,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from occ_jax.checks import require, require_choice, require_not_negative, require_positive
+from occ_jax.config.checks import require, require_choice, require_not_negative, require_positive
+from occ_jax.config.model import ModelConfig
 from occ_jax.errors import UserError
-from occ_jax.model_config import ModelConfig
 
 Regime = Literal["detach", "ce", "policy", "occ"]
 Estimator = Literal["exact", "cross_batch", "log_prob", "released"]

@@ -1,0 +1,1 @@
+"""The host side of a run: the loop, its directory, checkpoints, logs and figures."""
