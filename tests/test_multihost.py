@@ -274,29 +274,29 @@ from jax.sharding import Mesh
 
 number = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, number, cluster_detection_method="deactivate")
-from occ_jax.parallel import hosts
+from occ_jax.parallel import exchange
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
 from occ_jax.parallel.sharding import make_mesh
 
 straight = make_mesh(MeshConfig(data=4, fsdp=2))
 whole = np.arange(48, dtype=np.int32).reshape(16, 3)
-own = whole[hosts.block(16)]
+own = whole[exchange.process_rows(16)]
 assert own[0, 0] == 24 * number
 crossed = straight.devices.reshape(2, -1).T.reshape(straight.devices.shape)
 for devices, at_home in ((straight.devices, True), (crossed, False)):
     mesh = Mesh(devices, straight.axis_names)
-    assert hosts._blocks_lie_at_home(mesh, 16) is at_home
-    array = hosts.put_rows(mesh, own)
+    assert exchange._process_rows_are_local(mesh, 16) is at_home
+    array = exchange.put_process_rows(mesh, own)
     assert array.shape == (16, 3)
-    np.testing.assert_array_equal(hosts.all_rows(array), whole)
-    np.testing.assert_array_equal(hosts.own_rows(mesh, hosts.put_same_rows(mesh, whole)), own)
-    np.testing.assert_array_equal(hosts.own_rows(mesh, array), own)
-    np.testing.assert_array_equal(hosts.put_everywhere(mesh, whole).addressable_data(3), whole)
-np.testing.assert_array_equal(hosts.gather(own), whole)
-assert list(range(5))[hosts.block(5)] == [[0, 1, 2], [3, 4]][number]
-assert hosts.gather_objects(["é" * number, number]) == [["", 0], ["é", 1]]
-assert hosts.of_first(lambda: number) == 0
+    np.testing.assert_array_equal(exchange.get_all_rows(array), whole)
+    np.testing.assert_array_equal(exchange.get_process_rows(mesh, exchange.put_all_rows(mesh, whole)), own)
+    np.testing.assert_array_equal(exchange.get_process_rows(mesh, array), own)
+    np.testing.assert_array_equal(exchange.put_replicated(mesh, whole).addressable_data(3), whole)
+np.testing.assert_array_equal(exchange.gather_rows(own), whole)
+assert list(range(5))[exchange.process_rows(5)] == [[0, 1, 2], [3, 4]][number]
+assert exchange.gather_objects(["é" * number, number]) == [["", 0], ["é", 1]]
+assert exchange.on_first_process(lambda: number) == 0
 
 
 def refuse():
@@ -304,7 +304,7 @@ def refuse():
 
 
 try:
-    hosts.of_first(refuse)
+    exchange.on_first_process(refuse)
 except UserError as error:
     assert str(error) == "no, says 0"
 else:

@@ -33,15 +33,15 @@ _SAME_PARAMETERS = {
 
 def run_train(config: Config, options: argparse.Namespace) -> None:
     """Trains, then prints what became of the objective and draws the figures."""
-    from occ_jax.parallel.hosts import is_first
+    from occ_jax.parallel.exchange import is_first_process
     from occ_jax.progress import Progress
     from occ_jax.training.figures import run_report, write_figures
     from occ_jax.training.log import read_rows
     from occ_jax.training.loop import train
 
     with _joined(options, asks=True):
-        train(config, Progress(quiet=not is_first()))
-        if not is_first():
+        train(config, Progress(quiet=not is_first_process()))
+        if not is_first_process():
             return
     directory = Path(config.run.directory)
     rows = read_rows(directory / "metrics.jsonl")
@@ -61,7 +61,7 @@ def run_compare(config: Config, options: argparse.Namespace) -> None:
 def run_evaluate(config: Config, options: argparse.Namespace) -> None:
     """Judges a checkpoint; keeps records and tables, and prints the tables."""
     from occ_jax.cli.evaluate import evaluation_directory, run_evaluation
-    from occ_jax.parallel.hosts import check_hosts
+    from occ_jax.parallel.exchange import check_processes
     from occ_jax.parallel.sharding import make_mesh
 
     for k in options.k:
@@ -74,7 +74,7 @@ def run_evaluate(config: Config, options: argparse.Namespace) -> None:
         "keep_completions": options.completions,
     }
     with _joined(options, asks=False):
-        check_hosts(
+        check_processes(
             config,
             make_mesh(config.mesh),
             **asked,
@@ -219,11 +219,13 @@ def _name(config: Config) -> str:
 def _newest(path: Path) -> Path:
     """The checkpoint that a path stands for, the same for all processes."""
     from occ_jax.models.huggingface.files import is_pretrained
-    from occ_jax.parallel.hosts import of_first
+    from occ_jax.parallel.exchange import on_first_process
     from occ_jax.training.checkpoint import find_checkpoint
 
     # A run that still trains may have another one by the time the next process looks.
-    return path if is_pretrained(path) else Path(of_first(lambda: str(find_checkpoint(path))))
+    return (
+        path if is_pretrained(path) else Path(on_first_process(lambda: str(find_checkpoint(path))))
+    )
 
 
 def _load(config: Config, checkpoint: Path) -> tuple[Model, Tokenizer, Params]:

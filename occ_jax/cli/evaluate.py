@@ -23,7 +23,7 @@ from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
 from occ_jax.models.model import Model
-from occ_jax.parallel.hosts import is_first, of_first
+from occ_jax.parallel.exchange import is_first_process, on_first_process
 from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
@@ -95,7 +95,7 @@ def run_evaluation(
             params,
             sets,
             pool,
-            Progress(quiet=not is_first()),
+            Progress(quiet=not is_first_process()),
             num_samples=num_samples,
             keep_completions=keep_completions,
         )
@@ -106,7 +106,7 @@ def run_evaluation(
         _write(output, "summary", figures, cells, f"# {checkpoint}", tables.NOTE)
         print(f"records, summary.json and summary.md in {output}")
 
-    of_first(conclude)
+    on_first_process(conclude)
 
 
 def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> None:

@@ -28,13 +28,13 @@ from occ_jax.models.scoring import (
     score_tokens,
     trunk_states,
 )
-from occ_jax.parallel.hosts import (
-    all_rows,
-    block,
+from occ_jax.parallel.exchange import (
     fold_in,
     gather_objects,
-    put_everywhere,
-    put_same_rows,
+    get_all_rows,
+    process_rows,
+    put_all_rows,
+    put_replicated,
 )
 from occ_jax.parallel.sharding import on_mesh, row_shardings, rows
 from occ_jax.rewards.pool import Judged, VerifierPool
@@ -91,7 +91,7 @@ def evaluate(
         file=file,
         keep_completions=keep_completions,
         show=show,
-        own=block,
+        own=process_rows,
         gather=_gather_records,
     )
 
@@ -125,18 +125,18 @@ def _answers(
     def run(part: Sequence[Prompt], start: int) -> list[Sampled]:
         padded = [*part, *[part[0]] * (chunk - len(part))]  # one compiled shape
         copied = [prompt for prompt in padded for _ in range(copies)]
-        columns = (put_same_rows(mesh, x) for x in pad_prompts(config, tokenizer, copied))
-        begin = put_everywhere(mesh, np.array(start, np.uint32))
+        columns = (put_all_rows(mesh, x) for x in pad_prompts(config, tokenizer, copied))
+        begin = put_replicated(mesh, np.array(start, np.uint32))
         rollout, drafts = sampler(params, *columns, key, begin)
         shape = (chunk, num_samples, width)
-        tokens = all_rows(rollout.tokens)[:, -width:].reshape(shape)
-        mask = all_rows(rollout.response_mask).reshape(shape)
+        tokens = get_all_rows(rollout.tokens)[:, -width:].reshape(shape)
+        mask = get_all_rows(rollout.response_mask).reshape(shape)
         ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
         objective: np.ndarray | None = None
         if not config.dataset.name and has_unique_completion(config.task):
             objective = exact_objective(model, config, mesh, tokenizer, params, copied)[::copies]
         # [K, questions]: over a question's answers.
-        drafts = all_rows(drafts).reshape(*shape[:2], 2, -1).sum(axis=1)
+        drafts = get_all_rows(drafts).reshape(*shape[:2], 2, -1).sum(axis=1)
         agreed, drafted = drafts.transpose(1, 2, 0)
         return [
             Sampled(
@@ -150,7 +150,7 @@ def _answers(
                     **{f"drafted_{k + 1}": float(x[row]) for k, x in enumerate(drafted)},
                 },
             )
-            for row in range(len(part))[block(chunk)]
+            for row in range(len(part))[process_rows(chunk)]
         ]
 
     return run
@@ -228,8 +228,8 @@ def exact_objective(
     tokens = np.concatenate([questions, completions], axis=1)
     valid = np.concatenate([question_valid, mask], axis=1)
     score = _answer_probability(model, mesh, mask.shape[1])
-    columns = (put_same_rows(mesh, x) for x in (tokens, valid))
-    return all_rows(score(params["trunk"], *columns))
+    columns = (put_all_rows(mesh, x) for x in (tokens, valid))
+    return get_all_rows(score(params["trunk"], *columns))
 
 
 class Call(NamedTuple):

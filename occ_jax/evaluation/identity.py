@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from occ_jax.parallel.hosts import all_rows
+from occ_jax.parallel.exchange import get_all_rows
 from occ_jax.types import Params
 
 
@@ -22,7 +22,7 @@ def fingerprint(params: Params) -> str:
     the parameters are sharded. It guards against mistakes, not against malice.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = all_rows(_weighted_bits([leaf for _, leaf in leaves]))
+    sums = get_all_rows(_weighted_bits([leaf for _, leaf in leaves]))
     digest = hashlib.sha256()
     for (path, leaf), pair in zip(leaves, sums.tolist(), strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {pair}\n".encode())

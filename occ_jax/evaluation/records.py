@@ -21,7 +21,7 @@ import numpy as np
 from occ_jax.data.examples import Prompt
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import replace_text
-from occ_jax.parallel.hosts import of_first
+from occ_jax.parallel.exchange import on_first_process
 from occ_jax.rewards.pool import Judged
 
 _FORMAT = "occ_jax evaluation, version 1"
@@ -75,7 +75,7 @@ class RecordFile:
         self.records: list[Record] = []
         header = {"format": _FORMAT, **header, **_questions(prompts)}
         # As it is read back: tuples are lists.
-        self.held = of_first(lambda: self._open(json.loads(json.dumps(header))))
+        self.held = on_first_process(lambda: self._open(json.loads(json.dumps(header))))
 
     def _open(self, header: dict[str, Any]) -> int:
         path = self._path

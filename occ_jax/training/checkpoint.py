@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import json_text, write_json
-from occ_jax.parallel.hosts import is_first, of_first
+from occ_jax.parallel.exchange import is_first_process, on_first_process
 from occ_jax.types import Params, TrainState
 
 _STEP = re.compile(r"\d+")
@@ -185,7 +185,7 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            if is_first():
+            if is_first_process():
                 _close(self._path(step))
         except Exception as error:  # of a full disk, or a lost one
             self._failure = _unwritten(self._path(step), error)
@@ -205,7 +205,7 @@ def save_params(directory: Path, params: Params, about: dict[str, Any] | None = 
                 args=ocp.args.Composite(params=ocp.args.StandardSave(params)),
                 force=True,
             )
-        if is_first():
+        if is_first_process():
             for name, value in (about or {}).items():
                 write_json(directory / name, value)
             _close(directory)
@@ -227,7 +227,7 @@ def restore_params(directory: Path, like: Params) -> Params:
     Raises:
         UserError: the files are damaged or of another model.
     """
-    problem = of_first(lambda: damage(directory))
+    problem = on_first_process(lambda: damage(directory))
     if problem is not None:
         raise UserError(f"the checkpoint {directory} is damaged: {problem}")
     with _readable(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

@@ -2,7 +2,7 @@
 
 The host side of a step. Rewards are computed here because verifiers are host programs in general;
 everything before and after them stays on device. Of several processes each samples and judges its
-block of the prompts (`occ_jax.parallel.hosts`); scores and lengths of all are gathered, so that all
+block of the prompts (`occ_jax.parallel.exchange`); scores and lengths of all are gathered, so all
 keep the same groups and log the same figures.
 """
 
@@ -27,14 +27,14 @@ from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
-from occ_jax.parallel.hosts import (
-    block,
+from occ_jax.parallel.exchange import (
     fold_in,
-    gather,
     gather_objects,
-    own_rows,
-    put_everywhere,
-    put_rows,
+    gather_rows,
+    get_process_rows,
+    process_rows,
+    put_process_rows,
+    put_replicated,
 )
 from occ_jax.parallel.sharding import on_mesh, row_shardings
 from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
@@ -125,7 +125,7 @@ def collect(
             factor=config.algorithm.overlong_penalty,
         )
     split = jit_splitter(model, computation(config), mesh)
-    rewards_there = put_everywhere(mesh, rewards.astype(np.float32))
+    rewards_there = put_replicated(mesh, rewards.astype(np.float32))
     batches = split(params, reference, group.rollout, rewards_there)
     metrics = _metrics(group, rewards)
     if config.rollout.dynamic_sampling:
@@ -149,7 +149,7 @@ def _sample_group(
     key: Key[Array, ""],
     pool: VerifierPool,
 ) -> _Group:
-    padded = (put_rows(mesh, x) for x in pad_prompts(config, tokenizer, prompts))
+    padded = (put_process_rows(mesh, x) for x in pad_prompts(config, tokenizer, prompts))
     ends, filler = tokenizer.eos_ids, tokenizer.pad_id
     rollout = jit_sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
     # The rollout is under way, behind the updates that make `params`: waiting for these costs
@@ -157,15 +157,15 @@ def _sample_group(
     jax.block_until_ready(params)
     started = time.monotonic()
     size = config.rollout.group_size
-    tokens = own_rows(mesh, rollout.tokens)[:, -config.rollout.max_new_tokens :]
-    mask = own_rows(mesh, rollout.response_mask)
+    tokens = get_process_rows(mesh, rollout.tokens)[:, -config.rollout.max_new_tokens :]
+    mask = get_process_rows(mesh, rollout.response_mask)
     examples = [prompt.example for prompt in prompts]
     tokens, mask = (x.reshape(len(prompts), size, -1) for x in (tokens, mask))
     scores, judged = judge_completions(pool, config, tokenizer, examples, tokens)
     ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
     figures = np.stack([scores, mask.sum(-1), ended], axis=-1).astype(np.float32)
-    scores, lengths, ended = np.moveaxis(gather(figures), -1, 0)
-    first = block(len(scores)).start
+    scores, lengths, ended = np.moveaxis(gather_rows(figures), -1, 0)
+    first = process_rows(len(scores)).start
     return _Group(
         rollout,
         scores,
@@ -213,7 +213,7 @@ def _dynamic(
         source_rows = np.where(np.repeat(source < 0, size), -1, source_rows).astype(np.int32)
         kept = found if kept is None else kept
         kept = kept._replace(
-            rollout=fill(kept.rollout, found.rollout, put_everywhere(mesh, source_rows)),
+            rollout=fill(kept.rollout, found.rollout, put_replicated(mesh, source_rows)),
             **{
                 name: np.concatenate([getattr(kept, name)[:have], getattr(found, name)[keep]])
                 for name in ("scores", "lengths", "ended")
@@ -392,7 +392,7 @@ def _metrics(group: _Group, rewards: np.ndarray) -> dict[str, float]:
         "critic/frac_reward_zero_std": group.uniform,
         "response_length/clip_ratio": float(1.0 - group.ended.mean()),
         "rollout/tokens": float(group.lengths.sum()),
-        **reward_metrics(group.judged, gather),
+        **reward_metrics(group.judged, gather_rows),
     }
 
 

@@ -45,7 +45,7 @@ from occ_jax.evaluation.evaluate import evaluate_sets
 from occ_jax.files import PARTIAL, write_json
 from occ_jax.models.huggingface.load import read_layout
 from occ_jax.models.model import Model, num_parameters
-from occ_jax.parallel.hosts import check_hosts, fold_in, is_first, of_first
+from occ_jax.parallel.exchange import check_processes, fold_in, is_first_process, on_first_process
 from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rewards.pool import VerifierPool
@@ -141,18 +141,18 @@ def _train(
     config: Config, tokenizer: Tokenizer, pool: VerifierPool, progress: Progress
 ) -> dict[str, Any]:
     mesh, model = make_mesh(config.mesh), Model(config.model)
-    check_hosts(config, mesh)
+    check_processes(config, mesh)
     evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
     training = training_prompts(config, tokenizer)
     data = _share(config, training)
     directory = Path(config.run.directory)
-    of_first(lambda: open_directory(directory, config))
+    on_first_process(lambda: open_directory(directory, config))
     if training.epoch is not None:
         progress.say(
             f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
             f"over {config.rollout.max_prompt_tokens:,} tokens left out"
         )
-    found = of_first(lambda: newest_intact(directory / "checkpoints", progress.say))
+    found = on_first_process(lambda: newest_intact(directory / "checkpoints", progress.say))
     checkpoints = Checkpoints(
         directory / "checkpoints",
         keep=config.run.keep_checkpoints,
@@ -173,7 +173,7 @@ def _train(
         if penalised:
             reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
     log: RunLog | None = None
-    if is_first():
+    if is_first_process():
         charts = open_charts(config, progress.say)
         log = RunLog(directory, -1 if found is None else found, charts)
     run = _Run(
@@ -200,7 +200,7 @@ def _train(
         write_json(directory / "summary.json", summary)
         return summary
 
-    return of_first(summarise)
+    return on_first_process(summarise)
 
 
 def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[list[Prompt]]:

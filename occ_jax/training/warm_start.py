@@ -35,7 +35,7 @@ from occ_jax.models.scoring import (
     score_tokens,
     trunk_states,
 )
-from occ_jax.parallel.hosts import of_first
+from occ_jax.parallel.exchange import on_first_process
 from occ_jax.parallel.sharding import abstract, constrain, on_mesh, state_shardings
 from occ_jax.rl.losses import mean, negative_log_likelihood
 from occ_jax.training.checkpoint import restore_params, save_params
@@ -64,7 +64,7 @@ def starting_params(
     tell = report or (lambda _: None)
     like = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     directory = cache_path(config)
-    if config.warm_start.steps > 0 and of_first(directory.is_dir):
+    if config.warm_start.steps > 0 and on_first_process(directory.is_dir):
         tell(f"starting policy: {directory}")
         return restore_params(directory, like)
     if config.model.checkpoint:
@@ -91,7 +91,7 @@ def cache_path(config: Config) -> Path:
 
 def _keep(directory: Path, params: Params) -> None:
     """Saves under a name of this run's own, then renames: runs may start at the same time."""
-    own = directory.with_name(f"{directory.name}.{of_first(os.getpid)}")
+    own = directory.with_name(f"{directory.name}.{on_first_process(os.getpid)}")
     own.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_params(own, params)
@@ -105,7 +105,7 @@ def _keep(directory: Path, params: Params) -> None:
         except OSError:  # another run was quicker; the parameters are the same
             shutil.rmtree(own)
 
-    of_first(rename)
+    on_first_process(rename)
 
 
 def supervised_loss(

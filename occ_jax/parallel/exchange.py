@@ -28,12 +28,12 @@ from occ_jax.parallel.sharding import replicated, rows
 _T = TypeVar("_T")
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process writes files and speaks to people."""
     return jax.process_index() == 0
 
 
-def check_hosts(config: Config, mesh: Mesh, **options: Any) -> None:
+def check_processes(config: Config, mesh: Mesh, **options: Any) -> None:
     """Refuses what several processes cannot do together.
 
     Args:
@@ -64,22 +64,22 @@ def check_hosts(config: Config, mesh: Mesh, **options: Any) -> None:
         )
 
 
-def block(count: int) -> slice:
+def process_rows(count: int) -> slice:
     """This process's part of `count` things; of those that H does not divide the last have less."""
     size = -(-count // jax.process_count())
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
 
-def put_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
+def put_process_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
     """The global array, rows over the mesh, of which `own` is this process's block."""
     shape = (own.shape[0] * jax.process_count(), *own.shape[1:])
-    if jax.process_count() == 1 or not _blocks_lie_at_home(mesh, shape[0]):
-        return put_same_rows(mesh, gather(own))
+    if jax.process_count() == 1 or not _process_rows_are_local(mesh, shape[0]):
+        return put_all_rows(mesh, gather_rows(own))
     with jax.transfer_guard("allow"):
         return jax.make_array_from_process_local_data(rows(mesh), own, shape)
 
 
-def put_same_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
+def put_all_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
     """The global array, rows over the mesh, that every process has the whole of."""
     if jax.process_count() == 1:
         return jax.device_put(whole, rows(mesh))
@@ -87,20 +87,20 @@ def put_same_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(whole.shape, rows(mesh), lambda index: whole[index])
 
 
-def own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
+def get_process_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
     """This process's block of an array whose rows lie over the mesh, on the host."""
-    if jax.process_count() == 1 or not _blocks_lie_at_home(mesh, array.shape[0]):
-        return all_rows(array)[block(array.shape[0])]
+    if jax.process_count() == 1 or not _process_rows_are_local(mesh, array.shape[0]):
+        return get_all_rows(array)[process_rows(array.shape[0])]
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
 
 
-def all_rows(array: jax.Array) -> np.ndarray:
+def get_all_rows(array: jax.Array) -> np.ndarray:
     """A global array, however it lies, on the host of every process."""
     return jax.device_get(array) if jax.process_count() == 1 else _all_gathered(array)
 
 
-def _blocks_lie_at_home(mesh: Mesh, count: int) -> bool:
+def _process_rows_are_local(mesh: Mesh, count: int) -> bool:
     """Whether every process's devices hold rows of its block alone."""
     size = count // jax.process_count()
     for device, (index, *_) in rows(mesh).devices_indices_map((count,)).items():
@@ -110,7 +110,7 @@ def _blocks_lie_at_home(mesh: Mesh, count: int) -> bool:
     return True
 
 
-def gather(own: np.ndarray) -> np.ndarray:
+def gather_rows(own: np.ndarray) -> np.ndarray:
     """The blocks of all processes, one after the other; of several in 32 bits."""
     if jax.process_count() == 1:
         return own
@@ -128,19 +128,19 @@ def gather_objects(own: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [own]
     text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    sizes = gather(np.array([text.size], np.int32))
-    padded = gather(np.pad(text, (0, int(sizes.max()) - text.size))[None])
+    sizes = gather_rows(np.array([text.size], np.int32))
+    padded = gather_rows(np.pad(text, (0, int(sizes.max()) - text.size))[None])
     return [
         json.loads(row[:size].tobytes().decode()) for row, size in zip(padded, sizes, strict=True)
     ]
 
 
-def of_first(function: Callable[[], _T]) -> _T:
+def on_first_process(function: Callable[[], _T]) -> _T:
     """What `function` returns, a JSON value, or refuses on the first process, for all of them."""
     if jax.process_count() == 1:
         return function()
     said: Any = None
-    if is_first():
+    if is_first_process():
         try:
             said = {"value": function()}
         except UserError as error:
@@ -151,7 +151,7 @@ def of_first(function: Callable[[], _T]) -> _T:
     return said["value"]
 
 
-def put_everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
+def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
     """A small array that every process has, on all devices."""
     if jax.process_count() == 1:
         return jax.device_put(value, replicated(mesh))
@@ -161,7 +161,7 @@ def put_everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
 
 def fold_in(mesh: Mesh, key: Key[Array, ""], *numbers: int) -> Key[Array, ""]:
     """`jax.random.fold_in` by one number after the other."""
-    return _folded(key, put_everywhere(mesh, np.array(numbers, np.uint32)))
+    return _folded(key, put_replicated(mesh, np.array(numbers, np.uint32)))
 
 
 @jax.jit
