@@ -4,6 +4,7 @@ import json
 import math
 import resource
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from occ_jax.cli.evaluate import evaluation_directory
+from occ_jax.config import Config
 from occ_jax.data.examples import Example, Prompt
+from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
+from occ_jax.evaluation import evaluate as evaluation
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
-from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask, read_records
+from occ_jax.evaluation.records import Record, RecordFile, Sampled, read_records
 from occ_jax.evaluation.tables import (
     compare_evaluations,
     comparison_cells,
@@ -25,7 +29,9 @@ from occ_jax.evaluation.tables import (
     read_evaluation,
     summarise,
 )
-from occ_jax.rewards.pool import Judged
+from occ_jax.models.model import Model
+from occ_jax.parallel.sharding import make_mesh
+from occ_jax.rewards.pool import Judged, VerifierPool
 
 HEADER = {"policy": "0123", "set": "sums", "samples": 2, "seed": 0, "sampling": {"temperature": 1}}
 
@@ -49,21 +55,46 @@ def sample(part, start):
     ]
 
 
-def judge(part, tokens):
+def judge(pool, config, tokenizer, examples, tokens):
     flat = tokens.reshape(-1, tokens.shape[-1])
-    return Judged(
+    judged = Judged(
         scores=(flat.sum(-1) % 2).astype(np.float32),
         given=[None if total % 3 == 0 else str(total) for total in flat.sum(-1).tolist()],
         failures=["timeout" if total % 5 == 0 else "" for total in flat.sum(-1).tolist()],
         seconds=0.1,
         asked=len(flat),
     )
+    return judged.scores.reshape(tokens.shape[:2]), judged
 
 
-def run(path, prompts, header=HEADER, sampler=sample, **options):
+def evaluate(prompts, sampler=sample, file=None, **options):
+    """`evaluate` in chunks of three questions, with stand-ins for the model and the verifier."""
+    config = Config()
+    stand_ins = {
+        "_answers": lambda *_: sampler,
+        "judge_completions": judge,
+        "call_of": lambda *_: evaluation.Call(3, 1),
+    }
+    with mock.patch.multiple(evaluation, **stand_ins):
+        return evaluation.evaluate(
+            Model(config.model),
+            config,
+            make_mesh(config.mesh),
+            DIGITS,
+            {},
+            prompts,
+            jax.random.key(0),
+            mock.Mock(spec=VerifierPool),
+            num_samples=2,
+            file=file,
+            **options,
+        )
+
+
+def run(path, prompts, header=HEADER, **options):
     file = RecordFile(path, header, prompts)
     try:
-        return ask(prompts, sampler, judge, chunk=3, file=file, **options)
+        return evaluate(prompts, file=file, **options)
     finally:
         file.close()
 
@@ -104,7 +135,7 @@ def test_records_hold_every_answer_of_every_question(tmp_path):
     header, read = read_records(tmp_path / "sums.jsonl")
     assert read == records
     assert header["num_questions"] == 5 and header["policy"] == "0123"
-    assert ask(questions(5), sample, judge, chunk=3)[4] == records[4]._replace(completions=None)
+    assert evaluate(questions(5))[4] == records[4]._replace(completions=None)
 
 
 def test_an_evaluation_killed_anywhere_ends_as_if_it_had_not_been(tmp_path):

@@ -19,7 +19,7 @@ from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import encode_completions, pad_prompts
 from occ_jax.data.tasks import has_unique_completion
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
-from occ_jax.evaluation.records import Record, RecordFile, Sampled, ask
+from occ_jax.evaluation.records import Record, RecordFile, Sampled, judged_records
 from occ_jax.evaluation.tables import summarise
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
@@ -37,7 +37,7 @@ from occ_jax.parallel.exchange import (
     put_replicated,
 )
 from occ_jax.parallel.sharding import on_mesh, row_shardings, rows
-from occ_jax.rewards.pool import Judged, VerifierPool
+from occ_jax.rewards.pool import VerifierPool
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rl.gradients import micro_batches
 from occ_jax.rollout.sampler import on_sampling_mesh, sample
@@ -79,21 +79,26 @@ def evaluate(
         Q records, in the order of the questions; without those that `file` held on processes that
         do not have it.
     """
-
-    def judge(part: Sequence[Prompt], tokens: np.ndarray) -> Judged:
-        return judge_completions(pool, config, tokenizer, [p.example for p in part], tokens)[1]
-
-    return ask(
-        prompts,
-        _answers(model, config, mesh, tokenizer, params, key, num_samples),
-        judge,
-        chunk=call_of(config, num_samples).questions,
-        file=file,
-        keep_completions=keep_completions,
-        show=show,
-        own=process_rows,
-        gather=_gather_records,
-    )
+    answer = _answers(model, config, mesh, tokenizer, params, key, num_samples)
+    chunk = call_of(config, num_samples).questions
+    records, held = ([], 0) if file is None else (list(file.records), file.held)
+    for start in range(0, len(prompts), chunk):
+        part = prompts[start : start + chunk]
+        if start + len(part) <= held:
+            continue
+        answers = answer(part, start)  # the same ones again if a kill left a part of the chunk
+        own: list[Record] = []
+        if own_part := part[process_rows(chunk)]:
+            tokens = np.stack([sampled.tokens for sampled in answers])
+            examples = [prompt.example for prompt in own_part]
+            _, judged = judge_completions(pool, config, tokenizer, examples, tokens)
+            own = judged_records(examples, answers, judged, keep_completions)
+        new = _gather_records(own)[max(0, held - start) :]
+        if file is not None:
+            file.append(new)
+        records += new
+        show(records)
+    return records
 
 
 def _gather_records(own: list[Record]) -> list[Record]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from occ_jax.data.examples import Prompt
+from occ_jax.data.examples import Example, Prompt
 from occ_jax.errors import UserError, one_line
 from occ_jax.files import replace_text
 from occ_jax.parallel.exchange import on_first_process
@@ -116,57 +116,35 @@ class RecordFile:
             self._file.close()
 
 
-def ask(
-    prompts: Sequence[Prompt],
-    sample: Callable[[Sequence[Prompt], int], list[Sampled]],
-    judge: Callable[[Sequence[Prompt], np.ndarray], Judged],
-    *,
-    chunk: int,
-    file: RecordFile | None = None,
-    keep_completions: bool = False,
-    show: Callable[[list[Record]], None] = lambda _: None,
-    own: Callable[[int], slice] = slice,
-    gather: Callable[[list[Record]], list[Record]] = lambda records: records,
+def judged_records(
+    examples: Sequence[Example], answers: Sequence[Sampled], judged: Judged, keep_completions: bool
 ) -> list[Record]:
-    """Samples and judges answers to all questions that `file` did not hold.
+    """Records of questions from the sampled answers and the verdicts on them.
 
     Args:
-        prompts: Q questions.
-        sample: answers a chunk of them that begins at a position, or this process's part of it. The
-            same chunk must get the same answers, so that one of which a kill left only a part can
-            be asked again.
-        judge: verdicts on token ids [P, n, R], question by question.
-        chunk: questions a call; the last may be fewer.
-        file: where records are kept, and those of an earlier start come from.
-        keep_completions: keep whole texts too.
-        show: is told the records there are after every chunk.
-        own: which of so many questions of a chunk this process has the answers to.
-        gather: the records of all processes from those of this one; one process has them all.
-
-    Returns:
-        Q records, in the order of the questions; without those that `file` held on processes that
-        do not have it.
+        examples: Q questions.
+        answers: to each of them.
+        judged: verdicts on all answers, question by question.
+        keep_completions: keep the whole texts too.
     """
-    records = list(file.records) if file is not None else []
-    held = file.held if file is not None else 0
-    for start in range(0, len(prompts), chunk):
-        part = prompts[start : start + chunk]
-        if start + len(part) <= held:
-            continue
-        answers = sample(part, start)
-        mine = part[own(chunk)]
-        made: list[Record] = []
-        if mine:
-            judged = judge(mine, np.stack([answer.tokens for answer in answers]))
-            made = [
-                _record(prompt, answer, judged, place, keep_completions)
-                for place, (prompt, answer) in enumerate(zip(mine, answers, strict=True))
-            ]
-        fresh = gather(made)[max(0, held - start) :]
-        if file is not None:
-            file.append(fresh)
-        records += fresh
-        show(records)
+    records: list[Record] = []
+    for index, (example, sampled) in enumerate(zip(examples, answers, strict=True)):
+        count = len(sampled.lengths)
+        verdicts = slice(index * count, (index + 1) * count)
+        records.append(
+            Record(
+                id=example.id,
+                source=example.source,
+                answer=example.answer,
+                scores=[float(score) for score in judged.scores[verdicts]],
+                given=judged.given[verdicts],
+                lengths=sampled.lengths,
+                truncated=sampled.truncated,
+                failures=judged.failures[verdicts],
+                figures=sampled.figures,
+                completions=sampled.texts if keep_completions else None,
+            )
+        )
     return records
 
 
@@ -180,23 +158,6 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
         return _read(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _record(prompt: Prompt, answer: Sampled, judged: Judged, place: int, keep: bool) -> Record:
-    count = len(answer.lengths)
-    mine = slice(place * count, (place + 1) * count)
-    return Record(
-        id=prompt.example.id,
-        source=prompt.example.source,
-        answer=prompt.example.answer,
-        scores=[float(score) for score in judged.scores[mine]],
-        given=judged.given[mine],
-        lengths=answer.lengths,
-        truncated=answer.truncated,
-        failures=judged.failures[mine],
-        figures=answer.figures,
-        completions=answer.texts if keep else None,
-    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Record]]:
