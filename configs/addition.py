@@ -1,6 +1,6 @@
 """Adds two three-digit numbers, "086+986=" -> "2701" (units first); compares the regimes.
 
-    occ-jax compare addition --seeds 3
+    occ-jax compare configs/addition.py --seeds 3
 
 Hardware: 2 CPU cores, 6 minutes. docs/results/regimes.md has the table.
 """

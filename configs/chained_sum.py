@@ -1,6 +1,6 @@
 """Adds four digits step by step, "8+5+9+6=" -> "13>22>28"; the last number decides.
 
-    occ-jax train chained_sum
+    occ-jax train configs/chained_sum.py
 
 Many completions end in the right number, so there is sampled accuracy but no exact objective.
 Hardware: 2 CPU cores.

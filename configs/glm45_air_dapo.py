@@ -1,6 +1,6 @@
 """GLM-4.5-Air (106B, 12B active) with DAPO: configs/mimo_7b_dapo.py with the changes below.
 
-    occ-jax train glm45_air_dapo --model.checkpoint DIR --mtp.regime occ
+    occ-jax train configs/glm45_air_dapo.py --model.checkpoint DIR --mtp.regime occ
 
 arXiv 2605.28184 reports after 200 steps, avg@32 in percent, mean of the six sets:
 
@@ -8,7 +8,7 @@ arXiv 2605.28184 reports after 200 steps, avg@32 in percent, mean of the six set
 
 Hardware, planned but not run (docs/results/plans.md has the tables):
 
-    occ-jax plan glm45_air_dapo --topology v6e:8x16
+    occ-jax plan configs/glm45_air_dapo.py --topology v6e:8x16
 
 128 TPU v6e of 32 GiB. On each chip an update takes 22.9 GiB; 13.1 of these are parameters, two
 AdamW moments and gradients, all float32. A rollout takes 20.1 GiB; 3.6 of these are the keys and

@@ -1,8 +1,8 @@
 """MiMo-7B-RL with DAPO: the experiment of arXiv 2605.28184; comments mark numbers of our own.
 
     occ-jax prepare dapo_math_17k --source FILE     and the six evaluation sets: docs/data.md
-    occ-jax train mimo_7b_dapo --model.checkpoint DIR --mtp.regime occ
-    occ-jax evaluate mimo_7b_dapo --checkpoint runs/mimo_7b_dapo --samples 32 --k 1 8 32
+    occ-jax train configs/mimo_7b_dapo.py --model.checkpoint DIR --mtp.regime occ
+    occ-jax evaluate configs/mimo_7b_dapo.py --checkpoint runs/mimo_7b_dapo --samples 32 --k 1 8 32
 
 DIR is a Hugging Face directory of MiMo-7B-RL. The architecture below repeats its config.json, so
 that a run can be planned without the weights. The four runs of the paper differ in `--mtp.regime`
@@ -15,7 +15,7 @@ The paper reports after 200 steps, avg@32 in percent, mean of the six sets:
 
 Hardware, planned but not run (docs/results/plans.md has the tables):
 
-    occ-jax plan mimo_7b_dapo --topology v5e:8x8
+    occ-jax plan configs/mimo_7b_dapo.py --topology v5e:8x8
 
 64 TPU v5e of 16 GiB. On each chip an update takes 5.5 GiB, an evaluation 10.2 and a rollout 9.5;
 5.6 of the rollout's are the keys and values of the 256 completions that are sampled at once

@@ -1,6 +1,6 @@
 """MiMo-7B-RL with GSPO (arXiv 2507.18071): configs/mimo_7b_dapo.py with the changes below.
 
-    occ-jax train mimo_7b_gspo --model.checkpoint DIR --mtp.regime occ
+    occ-jax train configs/mimo_7b_gspo.py --model.checkpoint DIR --mtp.regime occ
 
 GSPO clips the ratios of whole sequences, with far tighter limits, and gives every completion the
 same weight. It has neither the dual clip nor the dynamic sampling of DAPO

@@ -1,6 +1,6 @@
 """Reverses six digits, "314159=" -> "951413": the demo.
 
-    occ-jax train reverse_digits
+    occ-jax train configs/reverse_digits.py
 
 Hardware: 2 CPU cores, about two minutes. After the supervised warm-up the policy is right on less
 than half of the prompts; 300 RL steps (regime occ, estimator log_prob) raise that above 90%.

@@ -1,6 +1,6 @@
 """Sorts six digits, "314159=" -> "113459".
 
-    occ-jax train sort_digits
+    occ-jax train configs/sort_digits.py
 
 Hardware: 2 CPU cores.
 """
