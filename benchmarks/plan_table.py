@@ -1,7 +1,7 @@
 """Plans of the large configs on TPU slices, every regime and estimator, as Markdown tables.
 
-    python benchmarks/plan_table.py plans.jsonl [--config mimo_7b_dapo ...] [--regime detach ...]
-    python benchmarks/plan_table.py plans.jsonl --render
+    python benchmarks/plan_table.py docs/results/plans.jsonl [--config NAME ...] [--regime NAME ...]
+    python benchmarks/plan_table.py docs/results/plans.jsonl --render
 
 A line of the file is one program, `run.py plan --only PROGRAM --json` in a process of its own. What
 is there already is not compiled again, and what regimes share is compiled once: all sample and are

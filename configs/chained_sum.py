@@ -1,8 +1,8 @@
-"""Add four digits in a chain, "8+5+9+6=" -> "13>22>28": intermediate steps, judged by the last.
+"""Adds four digits step by step, "8+5+9+6=" -> "13>22>28"; the last number decides.
 
-    python run.py train configs/chained_sum.py
+    occ-jax train configs/chained_sum.py
 
-Many completions end in the right number, so the objective is sampled, not exact.
+Many completions end in the right number, so there is sampled accuracy but no exact objective.
 Hardware: 2 CPU cores.
 """
 

@@ -1,19 +1,20 @@
-"""GLM-4.5-Air (106B, 12B active) with DAPO, as configs/mimo_7b_dapo.py but for what is below.
+"""GLM-4.5-Air (106B, 12B active) with DAPO: configs/mimo_7b_dapo.py with the changes below.
 
-    python run.py train configs/glm45_air_dapo.py --model.checkpoint DIR --mtp.regime occ
+    occ-jax train configs/glm45_air_dapo.py --model.checkpoint DIR --mtp.regime occ
 
-Reported by arXiv 2605.28184 after 200 steps, avg@32 in percent, the mean of the six sets:
+arXiv 2605.28184 reports after 200 steps, avg@32 in percent, mean of the six sets:
 
     detach 65.9      ce 54.8      policy 64.4      occ 67.6
 
-Hardware, by plan and not by a run (docs/plan.md has the tables):
+Hardware, planned but not run (docs/results/plans.md has the tables):
 
-    python run.py plan configs/glm45_air_dapo.py --topology v6e:8x16
+    occ-jax plan configs/glm45_air_dapo.py --topology v6e:8x16
 
-128 TPU v6e of 32 GiB. An update takes 22.9 GiB of each, 13.1 of them parameters, two AdamW moments
-and gradients, all float32; a rollout 20.1, 3.6 of them the keys and values of the 256 completions
-that are sampled at once (256 rows x 10,240 tokens x 188,416 bytes, over the mesh).
-With other meshes 256 v5e or 32 v5p are enough, but not for the estimators exact and cross_batch.
+128 TPU v6e of 32 GiB. On each chip an update takes 22.9 GiB; 13.1 of these are parameters, two
+AdamW moments and gradients, all float32. A rollout takes 20.1 GiB; 3.6 of these are the keys and
+values of the 256 completions that are sampled at once (256 rows x 10,240 tokens x 188,416 bytes,
+over the mesh). With other meshes 256 v5e or 32 v5p are enough, except for the estimators exact and
+cross_batch.
 """
 
 import dataclasses

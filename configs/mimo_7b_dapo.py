@@ -1,25 +1,26 @@
-"""MiMo-7B-RL with DAPO: the experiment of arXiv 2605.28184, its numbers unless a comment says so.
+"""MiMo-7B-RL with DAPO: the experiment of arXiv 2605.28184; comments mark numbers of our own.
 
-    python run.py prepare dapo_math_17k --source FILE     and the six evaluation sets: docs/data.md
-    python run.py train configs/mimo_7b_dapo.py --model.checkpoint DIR --mtp.regime occ
+    occ-jax prepare dapo_math_17k --source FILE     and the six evaluation sets: docs/data.md
+    occ-jax train configs/mimo_7b_dapo.py --model.checkpoint DIR --mtp.regime occ
+    occ-jax evaluate configs/mimo_7b_dapo.py --checkpoint runs/mimo_7b_dapo --samples 32 --k 1 8 32
 
-DIR is a Hugging Face directory of MiMo-7B-RL; the architecture below is the same one written out,
-so that a run can be planned without the weights. `--mtp.regime` is the one field that the four runs
-differ in; `ce` and `policy` also take a fixed `--mtp.coefficient`, for which the paper tries 0.1,
-0.2, 0.5 and 1.
+DIR is a Hugging Face directory of MiMo-7B-RL. The architecture below repeats its config.json, so
+that a run can be planned without the weights. The four runs of the paper differ in `--mtp.regime`
+alone; `ce` and `policy` also take a fixed `--mtp.coefficient`, for which the paper tries 0.1, 0.2,
+0.5 and 1.
 
-Reported by the paper after 200 steps, avg@32 in percent, the mean of the six sets:
+The paper reports after 200 steps, avg@32 in percent, mean of the six sets:
 
     detach 58.9      ce 47.7      policy 57.4      occ 61.7
 
-Hardware, by plan and not by a run (docs/plan.md has the tables):
+Hardware, planned but not run (docs/results/plans.md has the tables):
 
-    python run.py plan configs/mimo_7b_dapo.py --topology v5e:8x8
+    occ-jax plan configs/mimo_7b_dapo.py --topology v5e:8x8
 
-64 TPU v5e of 16 GiB. An update takes 5.3 GiB of each, a rollout 9.5, 5.6 of them the keys and
-values of the 256 completions that are sampled at once (`rollout.sampling_chunks`), an evaluation
-10.2. Keys and values of all 2,048 would be 2,048 x 10,240 tokens x 147,456 bytes = 3,092 GB. With
-another mesh and 16 chunks 32 v5e are enough, or 16 v6e, or 4 v5p.
+64 TPU v5e of 16 GiB. On each chip an update takes 5.5 GiB, an evaluation 10.2 and a rollout 9.5;
+5.6 of the rollout's are the keys and values of the 256 completions that are sampled at once
+(`rollout.sampling_chunks`). Keys and values of all 2,048 completions would be 2,048 x 10,240 tokens
+x 147,456 bytes = 3,092 GB. With another mesh and 16 chunks 32 v5e, 16 v6e or 4 v5p are enough.
 """
 
 from occ_jax.config import (

@@ -1,15 +1,16 @@
-"""MiMo-7B-RL with GSPO (arXiv 2507.18071), as configs/mimo_7b_dapo.py but for what is below.
+"""MiMo-7B-RL with GSPO (arXiv 2507.18071): configs/mimo_7b_dapo.py with the changes below.
 
-    python run.py train configs/mimo_7b_gspo.py --model.checkpoint DIR --mtp.regime occ
+    occ-jax train configs/mimo_7b_gspo.py --model.checkpoint DIR --mtp.regime occ
 
-Ratios of whole sequences are clipped, far more tightly, and every completion counts alike. GSPO has
-neither the dual clip nor the dynamic sampling of DAPO (`--rollout.dynamic-sampling` adds it).
+GSPO clips the ratios of whole sequences, with far tighter limits, and gives every completion the
+same weight. It has neither the dual clip nor the dynamic sampling of DAPO
+(`--rollout.dynamic-sampling` adds the latter).
 
-Reported by arXiv 2605.28184 after 200 steps, avg@32 in percent, the mean of the six sets:
+arXiv 2605.28184 reports after 200 steps, avg@32 in percent, mean of the six sets:
 
     detach 57.8      ce 50.0      policy 56.2      occ 60.1
 
-Data and hardware as for configs/mimo_7b_dapo.py, whose programs differ in the loss alone.
+Data and hardware are those of configs/mimo_7b_dapo.py; only the loss differs.
 """
 
 import dataclasses

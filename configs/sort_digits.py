@@ -1,6 +1,6 @@
-"""Sort six digits, "314159=" -> "113459".
+"""Sorts six digits, "314159=" -> "113459".
 
-    python run.py train configs/sort_digits.py
+    occ-jax train configs/sort_digits.py
 
 Hardware: 2 CPU cores.
 """

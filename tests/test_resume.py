@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, harm):
 
 @pytest.mark.slow
 def test_killed_at_several_moments_and_resumed():
-    """The fault campaign of docs/faults.md, with fewer kills."""
+    """The fault campaign of docs/results/faults.md, with fewer kills."""
     script = ROOT / "benchmarks" / "kill_resume.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "5", "--seed", "1", "--json"],

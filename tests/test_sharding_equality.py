@@ -1,6 +1,7 @@
 """Eight devices do what one does: every mesh, every regime and both kinds of model, in pairs.
 
-`benchmarks/sharding_equality.py` goes through all combinations; docs/sharding.md has its table.
+`benchmarks/sharding_equality.py` goes through all combinations; docs/results/sharding.md has its
+table.
 """
 
 import dataclasses

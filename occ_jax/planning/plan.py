@@ -303,7 +303,7 @@ def _temporaries(stats: Any, platform: str) -> int:
     A TPU's compiler reports a size of the heap that has the gaps between its arrays in it twice and
     a peak without them; their mean has them once. Where arguments are donated, the peak has the
     results beside the arguments that they take the place of, which comes to the heap with its gaps.
-    docs/plan.md compares both with the compiler's log.
+    docs/results/plans.md compares both with the compiler's log.
     """
     if platform != "tpu":
         return stats.temp_size_in_bytes
