@@ -205,20 +205,20 @@ def differences(one: Path, other: Path) -> list[str]:
     import jax
     import numpy as np
 
-    from occ_jax.config import computation
+    from occ_jax.files import read_rows
     from occ_jax.models import Model
     from occ_jax.parallel.sharding import make_mesh
     from occ_jax.rl.train_step import abstract_state
     from occ_jax.training.checkpoint import Checkpoints
-    from occ_jax.training.log import read_rows
-    from occ_jax.training.loop import load_config
+    from occ_jax.training.run_directory import RunDirectory
 
     states: list[Any] = []
     logs: list[Any] = []
     for directory in (one, other):
-        config = load_config(directory)
-        like = abstract_state(Model(config.model), computation(config), make_mesh(config.mesh))
-        with Checkpoints(directory / "checkpoints", keep=config.run.keep_checkpoints) as found:
+        run = RunDirectory(directory)
+        config = run.config()
+        like = abstract_state(Model(config.model), config, make_mesh(config.mesh))
+        with Checkpoints(run.checkpoints, keep=config.run.keep_checkpoints) as found:
             state, prompts = found.restore(found.steps()[-1], like)
         state = (state._replace(key=jax.random.key_data(state.key)), prompts)
         states.append(jax.tree_util.tree_leaves_with_path(state))

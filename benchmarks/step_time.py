@@ -41,8 +41,9 @@ from occ_jax.data.pipeline import iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.models import Model, num_parameters
 from occ_jax.parallel.sharding import make_mesh
-from occ_jax.rewards.scoring import open_pool
-from occ_jax.rl.train_step import jit_train_step, place_state
+from occ_jax.programs import make_programs
+from occ_jax.rl.train_step import place_state
+from occ_jax.setup import open_setup
 from occ_jax.training.experience import collect
 from occ_jax.types import Batch, TrainState
 
@@ -86,9 +87,9 @@ def random_batch(config: Config) -> Batch:
 
 def make_update(mesh: Mesh, config: Config, *, measure: bool) -> Callable[[], None]:
     """A function that does one update and waits for it."""
-    model = Model(config.model)
-    step = jit_train_step(model, config, mesh, measure=measure)
-    state: TrainState = place_state(config, model.init(jax.random.key(0)), 0, mesh)
+    programs = make_programs(config, mesh, DIGITS.eos_ids, DIGITS.pad_id)
+    step = programs.update if measure else programs.update_between
+    state: TrainState = place_state(config, programs.model.init(jax.random.key(0)), 0, mesh)
     batch = random_batch(config)
 
     def update() -> None:
@@ -146,22 +147,19 @@ def rl_step_times(num_mtp_modules: int, steps: int) -> dict[str, float]:
         algorithm=AlgorithmConfig(updates_per_rollout=4),
         mtp=MTPConfig(regime=regime, estimator="log_prob"),
     )
-    # Every field at its default, so the compiled steps are those of `run.py train`.
-    mesh, model = make_mesh(config.mesh), Model(config.model)
-    state = place_state(config, model.init(jax.random.key(0)), 0, mesh)
     prompts = iterate(training_prompts(config, DIGITS).prompts, config.rollout.num_prompts)
-    step = jit_train_step(model, config, mesh, measure=True)
     rollout: list[float] = []
     update: list[float] = []
-    with open_pool(config) as pool:
+    with open_setup(config) as setup:
+        state = place_state(config, setup.model.init(jax.random.key(0)), 0, setup.mesh)
         for number in range(steps + 1):
             start = time.perf_counter()
             key = jax.random.fold_in(state.key, number)
-            found = collect(model, config, mesh, DIGITS, state.params, None, prompts, key, pool)
-            batches = jax.block_until_ready(found.batches)
+            experience = collect(setup, state.params, None, prompts, key)
+            batches = jax.block_until_ready(experience.batches)
             middle = time.perf_counter()
             for batch in batches:
-                state, _ = step(state, batch)
+                state, _ = setup.programs.update(state, batch)
             jax.block_until_ready(state)
             rollout.append(middle - start)
             update.append(time.perf_counter() - middle)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"
-"""How the name of a file ends that is being written."""
+"""Ending of the name of a file that is being written."""
+
+Row = dict[str, Any]
+"""One line of a JSON lines file."""
 
 
 def json_text(value: Any) -> str:
@@ -34,3 +37,16 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a JSON lines file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows: list[Row] = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

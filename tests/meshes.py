@@ -24,7 +24,8 @@ from occ_jax.config import (
 )
 from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import make_mesh, row_shardings, rows, state_shardings
-from occ_jax.rl.train_step import jit_train_step, place_state
+from occ_jax.programs import make_programs
+from occ_jax.rl.train_step import place_state
 from occ_jax.rollout.sampler import on_sampling_mesh, sample
 from occ_jax.types import Batch, Rollout
 
@@ -137,7 +138,7 @@ def two_updates(model: str, regime: str, mesh: tuple[int, int, int, int]) -> Fou
     own = jax.tree.map(jnp.copy, parameters(model))  # the state takes the buffers over
     own = jax.device_put(own, state_shardings(devices, own))
     state = place_state(config, own, 0, devices)
-    step = jit_train_step(Model(config.model), config, devices, measure=True)
+    step = make_programs(config, devices, (1,), 0).update
     # The released lambda is a mean of ratios over log pi - old: old ones above all of the policy's
     # keep its denominators away from 0, where the last bits of one token decide.
     batch = make_batch(1.0) if regime == "occ/released" else make_batch()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import occ_jax.training.checkpoint
-from occ_jax.config import MeshConfig, computation
+from occ_jax.config import MeshConfig
 from occ_jax.data.pipeline import drawn, go_on, iterate, training_prompts
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
@@ -25,7 +25,8 @@ from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state, place_state
 from occ_jax.training.checkpoint import Checkpoints, damage, find_checkpoint, newest_intact
-from occ_jax.training.loop import load_config, open_directory, train
+from occ_jax.training.loop import train
+from occ_jax.training.run_directory import RunDirectory
 from tests.tiny import config_file, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -49,12 +50,12 @@ def one_device(quick_compilation):
     rng = np.random.default_rng(0)
     values = [rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
     params = jax.tree.unflatten(structure, values)
-    return place_state(computation(config), params, 7, make_mesh(config.mesh))
+    return place_state(config, params, 7, make_mesh(config.mesh))
 
 
 def like(mesh_config):
     config = config_on(mesh_config)
-    return abstract_state(Model(config.model), computation(config), make_mesh(mesh_config))
+    return abstract_state(Model(config.model), config, make_mesh(mesh_config))
 
 
 def numbers(state):
@@ -88,15 +89,15 @@ def test_any_mesh_reads_what_another_wrote(one_device, tmp_path):
 
 
 def test_a_run_may_go_on_on_another_mesh_but_not_with_another_model(tmp_path):
-    open_directory(tmp_path / "run", config_on(MeshConfig()))
-    open_directory(tmp_path / "run", config_on(EIGHT))
-    assert load_config(tmp_path / "run").mesh == EIGHT
+    RunDirectory(tmp_path / "run").open(config_on(MeshConfig()))
+    RunDirectory(tmp_path / "run").open(config_on(EIGHT))
+    assert RunDirectory(tmp_path / "run").config().mesh == EIGHT
     slower = dataclasses.replace(config_on(EIGHT).model, remat="full", logits_columns=2)
-    open_directory(tmp_path / "run", dataclasses.replace(config_on(EIGHT), model=slower))
+    RunDirectory(tmp_path / "run").open(dataclasses.replace(config_on(EIGHT), model=slower))
     other = tiny_config(tmp_path)
     other = dataclasses.replace(other, warm_start=config_on(EIGHT).warm_start)
     with pytest.raises(UserError, match=r"another config \(model.num_kv_heads 2 -> 1\)"):
-        open_directory(tmp_path / "run", other)
+        RunDirectory(tmp_path / "run").open(other)
 
 
 def test_training_does_not_wait_for_the_files(one_device, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from occ_jax.cli.arguments import main
 from occ_jax.config.checks import require_positive
 from occ_jax.errors import UserError
-from occ_jax.training.log import read_rows
+from occ_jax.files import read_rows
 from tests.tiny import config_file
 
 ROOT = Path(__file__).parent.parent

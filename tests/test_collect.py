@@ -10,11 +10,10 @@ import pytest
 import occ_jax.training.experience
 from occ_jax.config import AlgorithmConfig, MeshConfig, RewardConfig, WarmStartConfig
 from occ_jax.errors import UserError
-from occ_jax.models import Model
+from occ_jax.files import read_rows
 from occ_jax.parallel.sharding import make_mesh
+from occ_jax.programs import make_programs
 from occ_jax.progress import Progress
-from occ_jax.training.experience import jit_sampler, jit_splitter
-from occ_jax.training.log import read_rows
 from occ_jax.training.loop import train
 from tests.tiny import tiny_config, verifier_saying
 
@@ -114,21 +113,21 @@ def test_old_log_probs_are_the_same_in_micro_batches(tmp_path):
         config,
         rollout=dataclasses.replace(config.rollout, old_log_probs="trainer", sampling_chunks=2),
     )
-    model, mesh = Model(config.model), make_mesh(config.mesh)
-    params = model.init(jax.random.key(0))
+    mesh = make_mesh(config.mesh)
+    programs = make_programs(config, mesh, (1,), 0)
+    params = programs.model.init(jax.random.key(0))
     prompts, rows = jnp.tile(jnp.array([[2, 3, 4]]), (4, 1)), 16
-    rollout = jit_sampler(model, config, mesh, (1,), 0)(
-        params, prompts, jnp.ones((4, 3), bool), jax.random.key(0)
-    )
+    rollout = programs.sample(params, prompts, jnp.ones((4, 3), bool), jax.random.key(0))
     rewards = jnp.arange(rows, dtype=jnp.float32).reshape(4, 4)
     whole, pieces = (
-        jit_splitter(
-            model,
+        make_programs(
             dataclasses.replace(
                 config, algorithm=AlgorithmConfig(updates_per_rollout=2, micro_batches=count)
             ),
             mesh,
-        )(params, None, rollout, rewards)
+            (1,),
+            0,
+        ).split(params, None, rollout, rewards)
         for count in (1, 2)
     )
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):

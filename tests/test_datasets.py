@@ -34,7 +34,7 @@ from occ_jax.data.pipeline import (
 from occ_jax.data.tasks import make_example
 from occ_jax.data.tokenizer import load_tokenizer
 from occ_jax.errors import UserError
-from occ_jax.training.log import read_rows
+from occ_jax.files import read_rows
 from tests.checkpoint_files import GOLDEN, change_json, write_tokenizer
 from tests.published_files import dapo_rows, json_lines, parquet, rows_of
 from tests.tiny import config_file, score_completions

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from occ_jax.cli.evaluate import evaluation_directory
-from occ_jax.config import Config
+from occ_jax.config import Config, MeshConfig
 from occ_jax.data.examples import Example, Prompt
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
@@ -29,9 +29,9 @@ from occ_jax.evaluation.tables import (
     read_evaluation,
     summarise,
 )
-from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import make_mesh
 from occ_jax.rewards.pool import Judged, VerifierPool
+from occ_jax.setup import Setup
 
 HEADER = {"policy": "0123", "set": "sums", "samples": 2, "seed": 0, "sampling": {"temperature": 1}}
 
@@ -69,26 +69,15 @@ def judge(pool, config, tokenizer, examples, tokens):
 
 def evaluate(prompts, sampler=sample, file=None, **options):
     """`evaluate` in chunks of three questions, with stand-ins for the model and the verifier."""
-    config = Config()
     stand_ins = {
-        "_answers": lambda *_: sampler,
+        "_answer": lambda setup, params, part, start, *_: sampler(part, start),
         "judge_completions": judge,
         "call_of": lambda *_: evaluation.Call(3, 1),
     }
     with mock.patch.multiple(evaluation, **stand_ins):
-        return evaluation.evaluate(
-            Model(config.model),
-            config,
-            make_mesh(config.mesh),
-            DIGITS,
-            {},
-            prompts,
-            jax.random.key(0),
-            mock.Mock(spec=VerifierPool),
-            num_samples=2,
-            file=file,
-            **options,
-        )
+        pool = mock.Mock(spec=VerifierPool)
+        setup = Setup(Config(), make_mesh(MeshConfig()), DIGITS, pool)
+        return evaluation.evaluate(setup, {}, prompts, jax.random.key(0), 2, file=file, **options)
 
 
 def run(path, prompts, header=HEADER, **options):
@@ -118,7 +107,7 @@ def record(id, scores, given=None, **changed):
 
 
 def test_records_hold_every_answer_of_every_question(tmp_path):
-    records = run(tmp_path / "sums.jsonl", questions(5), keep_completions=True)
+    records = run(tmp_path / "sums.jsonl", questions(5), {**HEADER, "completions": True})
     assert [found.id for found in records] == ["q0", "q1", "q2", "q3", "q4"]
     assert records[4] == Record(
         id="q4",

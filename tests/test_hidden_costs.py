@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 import occ_jax.training.experience
-import occ_jax.training.loop
-from occ_jax.config import MeshConfig, computation
-from occ_jax.models import Model
+from occ_jax.config import MeshConfig
+from occ_jax.files import read_rows
 from occ_jax.parallel.sharding import make_mesh, rows
+from occ_jax.programs import make_programs
 from occ_jax.progress import Progress
-from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
+from occ_jax.rl.train_step import abstract_state, place_state
 from occ_jax.training.checkpoint import Checkpoints
-from occ_jax.training.log import read_rows
-from occ_jax.training.loop import train
+from occ_jax.training.loop import Run, train
 from occ_jax.types import Batch, map_rows
 from tests.tiny import tiny_config, verifier_saying
 
@@ -76,14 +75,14 @@ def test_nothing_compiles_after_the_first_step_of_each_kind(tmp_path, monkeypatc
 
 
 def test_a_transfer_that_nobody_asked_for_is_an_error(tmp_path, monkeypatch):
-    update = occ_jax.training.loop._update
+    update = Run.update
 
     def careless(run, state, batches, step):
         if step == 2:
             jnp.sin(np.ones(3, np.float32))
         return update(run, state, batches, step)
 
-    monkeypatch.setattr(occ_jax.training.loop, "_update", careless)
+    monkeypatch.setattr(Run, "update", careless)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train(tiny_config(tmp_path, steps=2), Progress(quiet=True))
 
@@ -91,24 +90,24 @@ def test_a_transfer_that_nobody_asked_for_is_an_error(tmp_path, monkeypatch):
 def test_metrics_are_fetched_while_the_next_rollout_is_under_way(tmp_path, monkeypatch):
     events = []
     for name, step_of in (
-        ("_collect", lambda run, state, step: step),
-        ("_update", lambda run, state, batches, step: step),
-        ("_finish", lambda run, pending, ended, skipped: pending.row["step"]),
+        ("collect", lambda run, state, step: step),
+        ("update", lambda run, state, batches, step: step),
+        ("finish", lambda run, pending, ended, skipped: pending.row["step"]),
     ):
-        original = getattr(occ_jax.training.loop, name)
+        original = getattr(Run, name)
 
         def watched(*arguments, name=name, step_of=step_of, original=original):
             events.append(f"{name} {step_of(*arguments)}")
             return original(*arguments)
 
-        monkeypatch.setattr(occ_jax.training.loop, name, watched)
+        monkeypatch.setattr(Run, name, watched)
     train(
         tiny_config(tmp_path, steps=3, evaluate_every=3, checkpoint_every=3), Progress(quiet=True)
     )
     assert events == [
-        *("_collect 1", "_update 1"),
-        *("_collect 2", "_finish 1", "_update 2"),
-        *("_collect 3", "_finish 2", "_update 3", "_finish 3"),  # the last has nothing to wait for
+        *("collect 1", "update 1"),
+        *("collect 2", "finish 1", "update 2"),
+        *("collect 3", "finish 2", "update 3", "finish 3"),  # the last has nothing to wait for
     ]
 
 
@@ -117,9 +116,10 @@ def test_metrics_are_fetched_while_the_next_rollout_is_under_way(tmp_path, monke
 def test_the_state_is_updated_in_place(tmp_path, mesh_config, measure):
     config = dataclasses.replace(tiny_config(tmp_path), mesh=mesh_config)
     mtp = dataclasses.replace(config.mtp, estimator="exact")
-    config = computation(dataclasses.replace(config, mtp=mtp))
-    mesh, model = make_mesh(config.mesh), Model(config.model)
-    step = jit_train_step(model, config, mesh, measure=measure)
+    config = dataclasses.replace(config, mtp=mtp)
+    mesh = make_mesh(config.mesh)
+    programs = make_programs(config, mesh, (1,), 0)
+    model, step = programs.model, programs.update if measure else programs.update_between
     shape, columns = (8, 4), 8
     batch = Batch(
         tokens=np.full((8, columns), 3, np.int32),

@@ -25,10 +25,12 @@ from occ_jax.config import (
     WarmStartConfig,
 )
 from occ_jax.errors import UserError
+from occ_jax.files import read_rows
 from occ_jax.progress import Progress
 from occ_jax.training.charts import open_charts
-from occ_jax.training.log import RunLog, read_rows
-from occ_jax.training.loop import train
+from occ_jax.training.log import RunLog
+from occ_jax.training.loop import Run, train
+from occ_jax.training.run_directory import RunDirectory
 from tests.checkpoint_files import GOLDEN
 from tests.published_files import json_lines
 from tests.tiny import tiny_config, verifier_saying
@@ -178,8 +180,8 @@ def test_a_steps_time_is_its_own(tmp_path, monkeypatch):
 
     judge = verifier_saying(lambda completions: 0.0 * completions[:, :, 0], ten_seconds)
     monkeypatch.setattr(occ_jax.training.experience, "judge_completions", judge)
-    slowed(occ_jax.training.loop, "_update", 100.0)
-    slowed(occ_jax.training.loop, "_evaluate", 1000.0)
+    slowed(Run, "update", 100.0)
+    slowed(Run, "evaluate", 1000.0)
     # Step 1 is fetched during the next rollout, 2 after an evaluation, 3 before a checkpoint.
     train(cold(tmp_path, steps=4, evaluate_every=2, checkpoint_every=3), Progress(quiet=True))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")[1:]
@@ -210,7 +212,7 @@ def chart_config(directory):
 
 def write_steps(config, steps, say):
     """What a run does between its start and its end; the first of `steps` is the next one."""
-    log = RunLog(Path(config.run.directory), steps[0] - 1, open_charts(config, say))
+    log = RunLog(RunDirectory(Path(config.run.directory)), steps[0] - 1, open_charts(config, say))
     for step in steps:
         log.write({"step": step, "actor/lr": step / 8, "per_update": {"occ/correlation_1": [1.0]}})
     log.close()

@@ -20,14 +20,13 @@ import pytest
 
 from occ_jax.cli.arguments import main
 from occ_jax.cli.config_file import load_config
-from occ_jax.config import computation
 from occ_jax.evaluation.records import read_records
+from occ_jax.files import read_rows
 from occ_jax.models import Model
 from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state
 from occ_jax.training.checkpoint import Checkpoints
-from occ_jax.training.log import read_rows
 from occ_jax.training.loop import train
 from tests.tiny import config_file
 
@@ -125,7 +124,7 @@ def environment(directory: Path) -> dict[str, str]:
 def outcome(directory: Path):
     """The last checkpoint's arrays, and rows without what depends on the clock."""
     config = load_config(str(config_file(directory)), overrides(directory))
-    like = abstract_state(Model(config.model), computation(config), make_mesh(config.mesh))
+    like = abstract_state(Model(config.model), config, make_mesh(config.mesh))
     with Checkpoints(directory / "run" / "checkpoints", keep=2) as checkpoints:
         state, prompts_drawn = checkpoints.restore(STEPS, like)
     rows = [
@@ -290,7 +289,9 @@ for devices, at_home in ((straight.devices, True), (crossed, False)):
     array = exchange.put_process_rows(mesh, own)
     assert array.shape == (16, 3)
     np.testing.assert_array_equal(exchange.get_all_rows(array), whole)
-    np.testing.assert_array_equal(exchange.get_process_rows(mesh, exchange.put_all_rows(mesh, whole)), own)
+    np.testing.assert_array_equal(
+        exchange.get_process_rows(mesh, exchange.put_all_rows(mesh, whole)), own
+    )
     np.testing.assert_array_equal(exchange.get_process_rows(mesh, array), own)
     np.testing.assert_array_equal(exchange.put_replicated(mesh, whole).addressable_data(3), whole)
 np.testing.assert_array_equal(exchange.gather_rows(own), whole)

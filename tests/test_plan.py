@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import occ_jax.planning.machines
 import occ_jax.planning.plan
 from occ_jax.cli.arguments import main
-from occ_jax.config import MeshConfig, MTPConfig, computation
+from occ_jax.config import MeshConfig, MTPConfig
 from occ_jax.errors import UserError
 from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import make_mesh, state_shardings
@@ -208,7 +208,7 @@ def planned(tmp_path_factory):
 def started(config):
     mesh, params = make_mesh(config.mesh), Model(config.model).init(jax.random.key(0))
     params = jax.device_put(params, state_shardings(mesh, params))
-    return place_state(computation(config), params, 0, mesh)
+    return place_state(config, params, 0, mesh)
 
 
 def test_planned_bytes_are_those_of_the_live_arrays(planned):

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from occ_jax.config import computation, to_dict
-from occ_jax.files import write_json
+from occ_jax.config import to_dict
+from occ_jax.files import read_rows, write_json
 from occ_jax.models import Model
 from occ_jax.parallel.sharding import make_mesh
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state
 from occ_jax.training.checkpoint import Checkpoints
-from occ_jax.training.log import read_rows
 from occ_jax.training.loop import train
 from tests.tiny import tiny_config
 
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def final_state(directory: Path):
     config = tiny_config(directory, steps=STEPS)
     mesh, model = make_mesh(config.mesh), Model(config.model)
-    like = abstract_state(model, computation(config), mesh)
+    like = abstract_state(model, config, mesh)
     with Checkpoints(directory / "run" / "checkpoints", keep=2) as checkpoints:
         state, prompts_drawn = checkpoints.restore(STEPS, like)
     return state._replace(key=jax.random.key_data(state.key)), prompts_drawn

@@ -34,8 +34,9 @@ from occ_jax.parallel.sharding import (
     state_shardings,
 )
 from occ_jax.planning.hlo import collective_bytes
+from occ_jax.programs import make_programs
 from occ_jax.rl import gradients
-from occ_jax.rl.train_step import abstract_state, jit_train_step, place_state
+from occ_jax.rl.train_step import abstract_state, place_state
 from occ_jax.types import Batch
 from tests.one_update import copied
 
@@ -119,8 +120,8 @@ def make_batch():
 
 def two_updates(config):
     """Two updates, as the coefficient of some estimators is 0 in the first."""
-    model, mesh = Model(config.model), make_mesh(config.mesh)
-    step = jit_train_step(model, config, mesh, measure=True)
+    mesh = make_mesh(config.mesh)
+    step = make_programs(config, mesh, (1,), 0).update
     state, history = place_state(config, copied(parameters(config.model), mesh), 0, mesh), []
     for _ in range(2):
         state, metrics = step(state, make_batch())
@@ -184,7 +185,7 @@ def test_every_micro_batch_is_spread_over_all_devices(monkeypatch):
     monkeypatch.setattr(gradients, "trunk_states", inspected)
     config = make_config((4, 1, 2), 2, modules=0, regime="detach")
     mesh = make_mesh(config.mesh)
-    step = jit_train_step(Model(config.model), config, mesh, measure=True)
+    step = make_programs(config, mesh, (1,), 0).update
     state = place_state(config, {"trunk": copied(parameters()["trunk"], mesh), "mtp": {}}, 0, mesh)
     step.lower(state, make_batch()._replace(old_auxiliary_log_probs=None)).compile()
     assert seen == [(1, P + R - 1, 16)]

@@ -21,8 +21,8 @@ from occ_jax.parallel.sharding import (
     rows,
     state_shardings,
 )
+from occ_jax.programs import make_programs
 from occ_jax.rollout import sampler
-from occ_jax.training.experience import jit_sampler
 from tests.meshes import (
     MESHES,
     MODELS,
@@ -123,7 +123,7 @@ def test_weights_are_gathered_once_a_rollout(model, mesh):
             num_prompts=16, group_size=2, max_new_tokens=R, gather_weights=gather_weights
         )
         config = Config(model=MODELS[model], rollout=options, mesh=MeshConfig(*mesh))
-        run = jit_sampler(Model(config.model), config, devices, (1,), 0)
+        run = make_programs(config, devices, (1,), 0).sample
         # Read from the trace: compilers move what they can out of loops this small.
         loops = _told_where_to_lie(run.trace(params, *arguments).jaxpr)
         return loops.count(False), loops.count(True)

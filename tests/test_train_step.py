@@ -17,7 +17,8 @@ import pytest
 import occ_jax.rl.gradients
 from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import make_mesh, state_shardings
-from occ_jax.rl.train_step import jit_train_step, place_state, train_step
+from occ_jax.programs import make_programs
+from occ_jax.rl.train_step import place_state, train_step
 from tests.one_update import (
     MASKS,
     B,
@@ -486,11 +487,8 @@ def compiled_steps():
     """What training runs, on one device: updates with and without a measurement."""
     config = make_config(1, measure_every=2)
     mesh = make_mesh(config.mesh)
-    steps = [
-        jit_train_step(Model(config.model), config, mesh, measure=measure)
-        for measure in (True, False)
-    ]
-    return config, mesh, steps
+    programs = make_programs(config, mesh, (1,), 0)
+    return config, mesh, [programs.update, programs.update_between]
 
 
 @pytest.mark.parametrize("measure", [True, False])

@@ -264,16 +264,15 @@ def _add_convert(subparsers: Any) -> None:
 def _model_of(checkpoint: Path) -> list[str]:
     """The override that names the Hugging Face directory a checkpoint is, or was trained from."""
     from occ_jax.models.huggingface.files import is_pretrained
+    from occ_jax.training.run_directory import RunDirectory
 
     if is_pretrained(checkpoint):
         return ["--model.checkpoint", str(checkpoint)]
-    for owner in (checkpoint, checkpoint.parent.parent):
-        if (owner / "checkpoints").is_dir() and (owner / "config.json").is_file():
-            from occ_jax.training.loop import load_config
-
-            found = load_config(owner).model.checkpoint
-            return ["--model.checkpoint", found] if found else []
-    return []
+    run = RunDirectory.containing(checkpoint)
+    if run is None or not run.config_file.is_file():
+        return []
+    directory = run.config().model.checkpoint
+    return ["--model.checkpoint", directory] if directory else []
 
 
 def _refuse_unknown(command: argparse.ArgumentParser, rest: Sequence[str]) -> None:

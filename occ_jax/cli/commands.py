@@ -12,40 +12,28 @@ import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from occ_jax.config import Config, differences
+from occ_jax.config import Config
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError
 from occ_jax.parallel import processes
 
-if TYPE_CHECKING:
-    from occ_jax.data.tokenizer import Tokenizer
-    from occ_jax.models import Model
-    from occ_jax.types import Params
-
-# Fields of a model that its parameters do not depend on.
-_SAME_PARAMETERS = {
-    *("model.dtype", "model.remat"),
-    *("model.attention_kernel", "model.attention_columns", "model.logits_columns"),
-}
-
 
 def run_train(config: Config, options: argparse.Namespace) -> None:
-    """Trains, then prints what became of the objective and draws the figures."""
+    """Trains, then prints how accuracy, objective and λ have changed, and draws the figures."""
     from occ_jax.parallel.exchange import is_first_process
     from occ_jax.progress import Progress
     from occ_jax.training.figures import run_report, write_figures
-    from occ_jax.training.log import read_rows
     from occ_jax.training.loop import train
+    from occ_jax.training.run_directory import RunDirectory
 
     with _joined(options, asks=True):
         train(config, Progress(quiet=not is_first_process()))
         if not is_first_process():
             return
-    directory = Path(config.run.directory)
-    rows = read_rows(directory / "metrics.jsonl")
-    figures = write_figures({_name(config): [rows]}, directory / "figures")
+    run = RunDirectory(Path(config.run.directory))
+    rows = run.rows()
+    figures = write_figures({_name(config): [rows]}, run.figures)
     print(run_report(rows, _name(config)))
     print("figures  " + "  ".join(str(path) for path in figures))
 
@@ -60,35 +48,28 @@ def run_compare(config: Config, options: argparse.Namespace) -> None:
 
 def run_evaluate(config: Config, options: argparse.Namespace) -> None:
     """Judges a checkpoint; keeps records and tables, and prints the tables."""
-    from occ_jax.cli.evaluate import evaluation_directory, run_evaluation
-    from occ_jax.parallel.exchange import check_processes
-    from occ_jax.parallel.sharding import make_mesh
+    import dataclasses
+
+    from occ_jax.cli.evaluate import EvaluationOptions, evaluation_directory, run_evaluation
+    from occ_jax.setup import open_setup
+    from occ_jax.training.policy import load_policy, newest_checkpoint
 
     for k in options.k:
         if k > options.samples:
             raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
-    asked: dict[str, Any] = {
-        "num_prompts": options.prompts,
-        "num_samples": options.samples,
-        "ks": options.k or [options.samples],
-        "keep_completions": options.completions,
-    }
-    with _joined(options, asks=False):
-        check_processes(
-            config,
-            make_mesh(config.mesh),
-            **asked,
-            checkpoint=options.checkpoint,
-            output=str(options.output),
-        )
-        checkpoint = _newest(Path(options.checkpoint))
-        run_evaluation(
-            config,
-            *_load(config, checkpoint),
-            checkpoint=checkpoint,
-            output=options.output or evaluation_directory(checkpoint),
-            **asked,
-        )
+    evaluation = EvaluationOptions(
+        num_prompts=options.prompts,
+        num_samples=options.samples,
+        ks=options.k or [options.samples],
+        keep_completions=options.completions,
+    )
+    shared = dataclasses.asdict(evaluation)
+    shared |= {"checkpoint": options.checkpoint, "output": str(options.output)}
+    with _joined(options, asks=False), open_setup(config, **shared) as setup:
+        checkpoint = newest_checkpoint(Path(options.checkpoint))
+        params = load_policy(config, setup.mesh, checkpoint)
+        output = options.output or evaluation_directory(checkpoint)
+        run_evaluation(setup, params, checkpoint, output, evaluation)
 
 
 def run_compare_evaluations(options: argparse.Namespace) -> None:
@@ -99,20 +80,19 @@ def run_compare_evaluations(options: argparse.Namespace) -> None:
 
 
 def run_generate(config: Config, options: argparse.Namespace) -> None:
-    """Prints prompts with what a checkpoint makes of them."""
+    """Prints prompts with a checkpoint's completions."""
     from occ_jax.cli.generate import generate
+    from occ_jax.parallel.sharding import make_mesh
+    from occ_jax.setup import fitting_tokenizer
+    from occ_jax.training.policy import load_policy, newest_checkpoint
 
     if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature is {options.temperature}; it must be 0 or more")
-    model, tokenizer, params = _load(config, _newest(Path(options.checkpoint)))
+    tokenizer, mesh = fitting_tokenizer(config), make_mesh(config.mesh)
+    params = load_policy(config, mesh, newest_checkpoint(Path(options.checkpoint)))
     between = "\n\n" if config.dataset.name else ""
     for prompt, completion in generate(
-        model,
-        config,
-        tokenizer,
-        params,
-        prompts=options.prompt,
-        temperature=options.temperature,
+        config, mesh, tokenizer, params, prompts=options.prompt, temperature=options.temperature
     ):
         print(f"{prompt}{between}{completion}{between}")
 
@@ -214,50 +194,3 @@ def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
 def _name(config: Config) -> str:
     mtp = config.mtp
     return f"occ/{mtp.estimator}" if mtp.regime == "occ" else mtp.regime
-
-
-def _newest(path: Path) -> Path:
-    """The checkpoint that a path stands for, the same for all processes."""
-    from occ_jax.models.huggingface.files import is_pretrained
-    from occ_jax.parallel.exchange import on_first_process
-    from occ_jax.training.checkpoint import find_checkpoint
-
-    # A run that still trains may have another one by the time the next process looks.
-    return (
-        path if is_pretrained(path) else Path(on_first_process(lambda: str(find_checkpoint(path))))
-    )
-
-
-def _load(config: Config, checkpoint: Path) -> tuple[Model, Tokenizer, Params]:
-    """The parameters of a checkpoint, after checking that they are of the configured model."""
-    from occ_jax.config import computation
-    from occ_jax.data.tokenizer import model_tokenizer
-    from occ_jax.models import Model, load_pretrained
-    from occ_jax.models.huggingface.files import is_pretrained
-    from occ_jax.parallel.sharding import make_mesh
-    from occ_jax.rl.train_step import abstract_state
-    from occ_jax.training.checkpoint import restore_params
-    from occ_jax.training.loop import check_task_fits, load_config, same_directory
-
-    tokenizer = model_tokenizer(config.model)
-    check_task_fits(config, tokenizer)
-    if is_pretrained(checkpoint):
-        model, params = load_pretrained(
-            checkpoint, config=config.model, mesh=make_mesh(config.mesh)
-        )
-        return model, tokenizer, params
-    owner = checkpoint.parent.parent
-    if (owner / "config.json").exists():
-        trained = load_config(owner)
-        changed = [
-            f"{name} is {old!r} there, {new!r} here"
-            for name, (old, new) in differences(trained, config).items()
-            if name.startswith("model.")
-            and name not in _SAME_PARAMETERS
-            and not (name == "model.checkpoint" and same_directory(old, new))
-        ]
-        if changed:
-            raise UserError(f"{checkpoint} is of another model: {', '.join(changed)}")
-    model, mesh = Model(config.model), make_mesh(config.mesh)
-    like = abstract_state(model, computation(config), mesh).params
-    return model, tokenizer, restore_params(checkpoint, like)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import jax
 
-from occ_jax.config import DType, MeshConfig, ModelConfig, from_dict, model_from_dict
+from occ_jax.config import DType, MeshConfig, ModelConfig, model_from_dict
 from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
-from occ_jax.models.huggingface.files import CONFIG, is_pretrained, read_json
+from occ_jax.models.huggingface.files import is_pretrained, read_json
 from occ_jax.models.huggingface.load import check_config
 from occ_jax.models.huggingface.save import StoredDType, new_directory
 from occ_jax.models.model import num_parameters
 from occ_jax.parallel.sharding import abstract, make_mesh
 from occ_jax.training.checkpoint import find_checkpoint, restore_params, save_params
+from occ_jax.training.run_directory import RunDirectory
 
 MODEL = "model.json"  # beside converted parameters: what they are of
 
@@ -75,7 +76,7 @@ def _model_of(checkpoint: Path) -> ModelConfig:
     """The model of a run's checkpoint, or of converted parameters."""
     if (checkpoint / MODEL).is_file():
         return model_from_dict(read_json(checkpoint / MODEL))
-    run = checkpoint.parent.parent / CONFIG
-    if run.is_file():
-        return from_dict(read_json(run)).model
-    raise UserError(f"{checkpoint} has neither {MODEL} in it nor a run's {CONFIG} above it")
+    run = RunDirectory.containing(checkpoint)
+    if run is not None and run.config_file.is_file():
+        return run.config().model
+    raise UserError(f"{checkpoint} has no {MODEL} and belongs to no run with a config")

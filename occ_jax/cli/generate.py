@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from occ_jax.config import Config
 from occ_jax.data.examples import Example, make_prompt, prompt_text
 from occ_jax.data.pipeline import evaluation_prompts, pad
 from occ_jax.data.tokenizer import Tokenizer, decode_completion
 from occ_jax.errors import UserError
-from occ_jax.models.model import Model
-from occ_jax.parallel.sharding import make_mesh
-from occ_jax.rollout.sampler import on_sampling_mesh, sample
+from occ_jax.programs import make_programs
 from occ_jax.types import Params
 
 
 def generate(
-    model: Model,
     config: Config,
+    mesh: Mesh,
     tokenizer: Tokenizer,
     params: Params,
     *,
@@ -32,10 +30,10 @@ def generate(
     """One completion a prompt.
 
     Args:
-        model: the architecture.
-        config: sections task, dataset and mesh, rollout.max_new_tokens and run.seed matter.
+        config: sections task and dataset, rollout.max_new_tokens and run.seed matter.
+        mesh: the devices that hold `params`.
         tokenizer: of the model.
-        params: trunk and modules, on that mesh.
+        params: trunk and modules.
         prompts: texts, put in `dataset.template` like a set's problems; None for five evaluation
             prompts.
         temperature: 0 takes the most probable token.
@@ -59,17 +57,11 @@ def generate(
     width = max(len(prompt.tokens) for prompt in asked)
     rows = [prompt.tokens for prompt in asked]
     tokens, valid = pad(rows, width, tokenizer.pad_id, left=True)
-    run = functools.partial(
-        sample,
-        model,
-        group_size=1,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=temperature,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
+    programs = make_programs(config, mesh, tokenizer.eos_ids, tokenizer.pad_id)
+    key = jax.random.key(config.run.seed)
+    rollout = programs.complete(
+        params, jnp.asarray(tokens), jnp.asarray(valid), key, temperature=temperature
     )
-    run = jax.jit(on_sampling_mesh(config, make_mesh(config.mesh), run))
-    rollout = run(params, jnp.asarray(tokens), jnp.asarray(valid), jax.random.key(config.run.seed))
     completions = np.asarray(rollout.tokens)[:, tokens.shape[1] :].tolist()
     return [
         (prompt_text(config, prompt.example), decode_completion(tokenizer, row))

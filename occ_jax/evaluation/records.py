@@ -73,6 +73,7 @@ class RecordFile:
         self._path = path
         self._file: IO[str] | None = None
         self.records: list[Record] = []
+        self.keeps_completions: bool = header.get("completions", False)
         header = {"format": _FORMAT, **header, **_questions(prompts)}
         # As it is read back: tuples are lists.
         self.held = on_first_process(lambda: self._open(json.loads(json.dumps(header))))

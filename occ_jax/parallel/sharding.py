@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
-from occ_jax.types import Params, map_rows
+from occ_jax.types import Params, Rows, map_rows
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -304,8 +304,24 @@ def rows(mesh: Mesh, dimension: int = 0) -> NamedSharding:
 
 
 def row_shardings(mesh: Mesh, fields: Any) -> Any:
-    """A sharding for every field of a `Rollout` or `Batch` that is there."""
+    """A sharding for every field of a `Rollout` or `Batch`, of the class or of what one holds."""
+    if isinstance(fields, type):
+        every_field: Any = fields
+        fields = every_field(*every_field._fields)
     return map_rows(lambda _, dimension: rows(mesh, dimension), fields)
+
+
+def micro_batches(batch: Rows, count: int) -> Rows:
+    """Rows [B] of a batch or a rollout to [M, B/M], M in front."""
+
+    def split(x: Array, rows: int) -> Array:
+        shape = (*x.shape[:rows], count, x.shape[rows] // count, *x.shape[rows + 1 :])
+        pieces = jnp.moveaxis(x.reshape(shape), rows, 0)
+        # Neighbouring rows lie on few of the devices: left there, a micro-batch would cost each
+        # device as much as the whole mini-batch does. Dealing tokens out again is cheap.
+        return constrain(pieces, "rows", *[None] * (x.ndim - rows - 1))
+
+    return map_rows(split, batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,20 +23,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from occ_jax.config import Config, computation
+from occ_jax.config import Config
 from occ_jax.data.pipeline import prompt_columns
 from occ_jax.errors import UserError
-from occ_jax.evaluation.evaluate import call_of, jit_evaluation_sampler
+from occ_jax.evaluation.evaluate import call_of
 from occ_jax.models.cache import cache_shardings, extend
-from occ_jax.models.model import Model
 from occ_jax.models.scoring import column_positions
 from occ_jax.parallel.sharding import make_mesh, replicated, row_shardings, rows
 from occ_jax.planning.flops import count_flops
 from occ_jax.planning.hlo import collective_bytes, largest_arrays
 from occ_jax.planning.machines import GIB, Machine
+from occ_jax.programs import Programs, make_programs
 from occ_jax.rl.gradients import apart
-from occ_jax.rl.train_step import abstract_state, jit_train_step
-from occ_jax.training.experience import jit_sampler, jit_splitter
+from occ_jax.rl.train_step import abstract_state
 from occ_jax.types import Batch, Params, Rollout, TrainState
 
 _ENDS = ((0,), 0)  # of a response, and its filler: the tokenizer's; no program is larger for them
@@ -120,18 +119,21 @@ def plan(
         )
     mesh = make_mesh(config.mesh, machine.devices)
     step = _step(config, mesh)
-    found = list(_programs(step))
-    names = [name for name, *_ in found]
+    calls = list(_calls(step, config))
+    names = [call.name for call in calls]
     for name in only:
         if name not in names:
             raise UserError(f"there is no program {name!r}; this run has {', '.join(names)}")
     programs: list[Program] = []
-    for name, resident, function, arguments in found:
-        if not only or name in only:
-            say(f"{machine.name}: compiling {name}")
-            programs.append(_compile(name, resident, function, arguments, machine))
-            done = programs[-1]
-            say(f"  {done.total / GIB:.2f} GiB a device, {done.seconds:.0f} s  {done.refused}")
+    for call in calls:
+        if not only or call.name in only:
+            say(f"{machine.name}: compiling {call.name}")
+            program = _compile(call, machine)
+            say(
+                f"  {program.total / GIB:.2f} GiB a device, {program.seconds:.0f} s  "
+                f"{program.refused}"
+            )
+            programs.append(program)
     return Plan(
         machine=machine.name,
         kind=machine.devices[0].device_kind,
@@ -167,9 +169,7 @@ def places(config: Config) -> int:
 class _Step(NamedTuple):
     """The arguments of a run's programs, as shapes with shardings."""
 
-    config: Config
-    model: Model
-    mesh: Mesh
+    programs: Programs
     state: TrainState
     reference: Params | None  # of the KL penalty
     prompts: tuple[Any, Any, Any]  # of the sampler: tokens, validity, key
@@ -180,8 +180,8 @@ class _Step(NamedTuple):
 
 def _step(config: Config, mesh: Mesh) -> _Step:
     columns = (config.rollout.num_prompts, prompt_columns(config))
-    config, model = computation(config), Model(config.model)
-    state, options = abstract_state(model, config, mesh), config.rollout
+    programs = make_programs(config, mesh, *_ENDS)
+    state, options = abstract_state(programs.model, config, mesh), config.rollout
     reference = state.params["trunk"] if config.algorithm.kl_coefficient > 0 else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = (
@@ -191,13 +191,10 @@ def _step(config: Config, mesh: Mesh) -> _Step:
     )
     groups = (options.num_prompts, options.group_size)
     rewards = jax.ShapeDtypeStruct(groups, jnp.float32, sharding=replicated(mesh))
-    sampler, split = jit_sampler(model, config, mesh, *_ENDS), jit_splitter(model, config, mesh)
-    rollout = _placed(mesh, jax.eval_shape(sampler, state.params, *prompts))
-    batches = jax.eval_shape(split, state.params, reference, rollout, rewards)
+    rollout = _placed(mesh, jax.eval_shape(programs.sample, state.params, *prompts))
+    batches = jax.eval_shape(programs.split, state.params, reference, rollout, rewards)
     return _Step(
-        config,
-        model,
-        mesh,
+        programs,
         state,
         reference,
         prompts,
@@ -223,41 +220,46 @@ def _with(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _programs(step: _Step) -> Iterator[tuple[str, int, Any, tuple[Any, ...]]]:
-    """Name, bytes resident beside it, function and arguments of all that training compiles."""
-    config, model, mesh, state = step.config, step.model, step.mesh, step.state
+class _Call(NamedTuple):
+    """A jitted program with the arguments that a run calls it with, as shapes."""
+
+    name: str
+    resident: int  # bytes of one device that are no argument and stay in memory meanwhile
+    program: Any
+    arguments: tuple[Any, ...]
+    static: dict[str, int]  # keyword arguments
+
+
+def _calls(step: _Step, config: Config) -> Iterator[_Call]:
+    programs, state, mesh = step.programs, step.state, step.programs.mesh
     optimizer, reference = per_device(state.opt_state), per_device(step.reference)
-    sampler = jit_sampler(model, config, mesh, *_ENDS)
-    yield "rollout", optimizer + reference, sampler, (state.params, *step.prompts)
-    split = jit_splitter(model, config, mesh)
-    rollout = (state.params, step.reference, step.rollout, step.rewards)
-    yield "mini-batches", optimizer, split, rollout
-    kinds = {"update": True}
-    if config.mtp.regime == "occ" and config.mtp.measure_every > 1:
-        kinds["update between"] = False
-    for name, measure in kinds.items():
-        update = jit_train_step(model, config, mesh, measure=measure)
-        others = reference + per_device(step.batches[1:])
-        yield name, others, update, (state, step.batches[0])
+    update = (reference + per_device(step.batches[1:]), (state, step.batches[0]))
+    training = {
+        "rollout": (optimizer + reference, (state.params, *step.prompts)),
+        "mini-batches": (optimizer, (state.params, step.reference, step.rollout, step.rewards)),
+        "update": update,
+        "update between": update,
+    }
+    for name, program in programs.trained():
+        yield _Call(name, training[name][0], program, training[name][1], {})
     samples, columns = config.run.evaluation_samples, step.prompts[0].shape[1]
-    call = call_of(config, samples)
-    questions = (call.questions * call.copies, columns)
-    evaluation = jit_evaluation_sampler(model, config, mesh, samples // call.copies, *_ENDS)
-    asked = (
+    size = call_of(config, samples)
+    questions = (size.questions * size.copies, columns)
+    arguments = (
+        state.params,
         *(jax.ShapeDtypeStruct(questions, x.dtype, sharding=x.sharding) for x in step.prompts[:2]),
         step.prompts[2],
         jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(mesh)),
     )
-    yield "evaluation", optimizer + reference, evaluation, (state.params, *asked)
+    static = {"num_samples": samples // size.copies}
+    yield _Call("evaluation", optimizer + reference, programs.answer, arguments, static)
 
 
-def _compile(
-    name: str, resident: int, function: Any, arguments: tuple[Any, ...], machine: Machine
-) -> Program:
+def _compile(call: _Call, machine: Machine) -> Program:
     started, platform = time.monotonic(), machine.devices[0].platform
-    traced = function.trace(*arguments)
+    traced = call.program.trace(*call.arguments, **call.static)
     flops = count_flops(traced.jaxpr) / len(machine.devices)
-    size = per_device(arguments)
+    size = per_device(call.arguments)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -265,8 +267,8 @@ def _compile(
         if not refused.startswith("RESOURCE_EXHAUSTED: "):
             raise
         return Program(
-            name=name,
-            resident=resident,
+            name=call.name,
+            resident=call.resident,
             arguments=size,
             outputs=0,
             temporaries=max(0, wanted(refused) - size),
@@ -279,8 +281,8 @@ def _compile(
     seconds = time.monotonic() - started
     stats, text = compiled.memory_analysis(), compiled.as_text()
     return Program(
-        name=name,
-        resident=resident,
+        name=call.name,
+        resident=call.resident,
         # The compiler pads what it lays out in tiles, and leaves out what the program never reads.
         arguments=max(size, stats.argument_size_in_bytes),
         outputs=_outputs(stats),
@@ -326,7 +328,7 @@ def wanted(refused: str) -> int:
 
 def _gradients(step: _Step) -> int:
     """Sums of g, of every h_k where they are apart, and of the modules' own, in float32."""
-    config = step.config
+    config = step.programs.config
     trunk, mtp = (per_device(_float32(step.state.params[part])) for part in ("trunk", "mtp"))
     separate = config.model.num_mtp_modules if apart(config, measure=True) else 0
     return trunk * (1 + separate) + mtp
@@ -339,16 +341,16 @@ def _float32(tree: Any) -> Any:
 
 
 def _kv_cache(step: _Step) -> int:
-    options = step.config.rollout
+    options = step.programs.config.rollout
     tokens, valid = (
         jax.ShapeDtypeStruct((len(x) // options.sampling_chunks, x.shape[1]), x.dtype)
         for x in step.prompts[:2]
     )
 
     def cache(params: Params, tokens: Any, valid: Any) -> Any:
-        prefill = step.model.trunk(params["trunk"], tokens, column_positions(valid), valid)
+        prefill = step.programs.model.trunk(params["trunk"], tokens, column_positions(valid), valid)
         columns = options.max_new_tokens
         return extend(prefill.cache, copies=options.group_size, columns=columns)
 
     shapes = jax.eval_shape(cache, step.state.params, tokens, valid)
-    return per_device(_with(shapes, cache_shardings(step.mesh, shapes)))
+    return per_device(_with(shapes, cache_shardings(step.programs.mesh, shapes)))

@@ -26,7 +26,7 @@ from occ_jax.calibration.estimators import log_prob_statistics
 from occ_jax.config import Config
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import auxiliary_masks, trunk_states
-from occ_jax.parallel.sharding import constrain
+from occ_jax.parallel.sharding import micro_batches
 from occ_jax.rl.objective import (
     Denominators,
     HeadMetrics,
@@ -41,7 +41,7 @@ from occ_jax.rl.objective import (
     module_scores,
     module_states,
 )
-from occ_jax.types import Batch, Params, Rows, map_rows
+from occ_jax.types import Batch, Params
 
 
 class Gradients(NamedTuple):
@@ -106,19 +106,6 @@ def mini_batch_gradients(
     )
     total = total._replace(applied=total.applied / count)
     return jax.tree.map(lambda x, shape: x.astype(shape.dtype), total, shapes)
-
-
-def micro_batches(batch: Rows, count: int) -> Rows:
-    """Rows [B] of a batch or a rollout to [M, B/M], M in front."""
-
-    def split(x: Array, rows: int) -> Array:
-        shape = (*x.shape[:rows], count, x.shape[rows] // count, *x.shape[rows + 1 :])
-        pieces = jnp.moveaxis(x.reshape(shape), rows, 0)
-        # Neighbouring rows lie on few of the devices: left there, a micro-batch would cost each
-        # device as much as the whole mini-batch does. Dealing tokens out again is cheap.
-        return constrain(pieces, "rows", *[None] * (x.ndim - rows - 1))
-
-    return map_rows(split, batch)
 
 
 def _micro_batch_gradients(

@@ -6,15 +6,13 @@
     forward -> losses (sum, denominator) -> gradients g, h_k -> statistics (c, G)
             -> optax chain: calibrate_auxiliary -> clip -> adamw -> new state
 
-`train_step` is a function of (state, batch) and two static things; `jit_train_step` is the same
-with the mesh's shardings and the state donated. There are two compiled kinds, with and without a
-measurement of c and v^2; the caller picks by the update's number, so nothing is decided on device.
+`train_step` is a function of (state, batch) and two static things; `occ_jax.programs` compiles it.
+There are two compiled kinds, with and without a measurement of c and v²; the caller picks by the
+update's number, so nothing is decided on device.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +25,7 @@ from occ_jax.calibration import Statistics, inner_product_statistics
 from occ_jax.calibration.estimators import cross_batch_statistics
 from occ_jax.config import Config
 from occ_jax.models.model import Model
-from occ_jax.parallel.sharding import abstract, on_mesh, replicated, row_shardings, state_shardings
+from occ_jax.parallel.sharding import abstract, state_shardings
 from occ_jax.rl.gradients import Gradients, apart, mini_batch_gradients
 from occ_jax.rl.optimizer import current_coefficient, learning_rate_schedule, make_optimizer
 from occ_jax.types import Batch, Params, TrainState
@@ -117,23 +115,6 @@ def train_step(
         **_calibration_metrics(config, gradients, statistics, opt_state, measure=measure),
     }
     return TrainState(params, opt_state, state.step + 1, state.key), metrics
-
-
-@functools.lru_cache(maxsize=64)
-def jit_train_step(
-    model: Model, config: Config, mesh: Mesh, *, measure: bool
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` compiled for a mesh, the state donated and updated in place."""
-    state = jax.tree.map(lambda x: x.sharding, abstract_state(model, config, mesh))
-    # Any field may be missing in a batch; a sharding for one that is does no harm.
-    every_field: Any = Batch._fields
-    batch = row_shardings(mesh, Batch(*every_field))
-    return jax.jit(
-        on_mesh(mesh, functools.partial(train_step, model, config, measure=measure)),
-        in_shardings=(state, batch),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
-    )
 
 
 def _statistics(config: Config, gradients: Gradients, *, measure: bool) -> Statistics | None:

@@ -18,6 +18,7 @@ from typing import Any
 from occ_jax.config import Config, to_dict
 from occ_jax.errors import UserError
 from occ_jax.files import write_json
+from occ_jax.training.run_directory import RunDirectory
 
 _MODES = ("online", "offline", "disabled")
 _SECONDS_TO_START, _SECONDS_TO_FINISH = 20.0, 60.0
@@ -67,7 +68,7 @@ def open_charts(config: Config, say: Callable[[str], None]) -> Charts | None:
     def start(mode: str) -> Any:
         return wandb.init(
             project=config.run.wandb_project,
-            id=_run_id(Path(config.run.directory)),
+            id=_run_id(RunDirectory(Path(config.run.directory))),
             resume="allow",
             name=config.run.directory,
             dir=config.run.directory,
@@ -130,9 +131,9 @@ def _mode() -> str:
     return os.environ.get("WANDB_MODE") or "offline"
 
 
-def _run_id(directory: Path) -> str:
+def _run_id(directory: RunDirectory) -> str:
     """The id in wandb.json; made up where there is none."""
-    path = directory / "wandb.json"
+    path = directory.chart_id
     try:
         return str(json.loads(path.read_text())["id"])
     except FileNotFoundError:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from occ_jax.config import AlgorithmConfig, Config, MTPConfig
 from occ_jax.errors import UserError
-from occ_jax.files import write_json
+from occ_jax.files import Row, write_json
 from occ_jax.progress import Progress
 from occ_jax.training.figures import comparison, comparison_table, write_figures
-from occ_jax.training.log import Row, read_rows
 from occ_jax.training.loop import train
+from occ_jax.training.run_directory import RunDirectory
 
 
 def variants(config: Config, *, exact: bool = False) -> dict[str, Config]:
@@ -59,15 +59,15 @@ def compare(config: Config, *, seeds: int, exact: bool, progress: Progress) -> s
     for seed in range(config.run.seed, config.run.seed + seeds):
         for name, variant in compared.items():
             done += 1
-            directory = root / name.replace("/", "-") / f"seed{seed}"
+            directory = RunDirectory(root / name.replace("/", "-") / f"seed{seed}")
             progress.say(f"[{done}/{total}] {name} seed {seed}")
-            run = dataclasses.replace(variant.run, directory=str(directory), seed=seed)
+            run = dataclasses.replace(variant.run, directory=str(directory.path), seed=seed)
             reached = train(dataclasses.replace(variant, run=run), progress)["step"]
             if reached < run.steps:
                 raise UserError(
                     f"stopped at step {reached} of {name} seed {seed}; start again to go on"
                 )
-            runs[name].append(read_rows(directory / "metrics.jsonl"))
+            runs[name].append(directory.rows())
     records = comparison(runs)
     table = comparison_table(records)
     write_json(root / "comparison.json", records)

@@ -8,25 +8,18 @@ keep the same groups and log the same figures.
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
-from occ_jax.config import Config, computation
 from occ_jax.data.examples import Prompt, prompt_text
 from occ_jax.data.pipeline import pad_prompts
-from occ_jax.data.tokenizer import Tokenizer, decode_completion
+from occ_jax.data.tokenizer import decode_completion
 from occ_jax.errors import UserError
-from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.parallel.exchange import (
     fold_in,
     gather_objects,
@@ -36,15 +29,11 @@ from occ_jax.parallel.exchange import (
     put_process_rows,
     put_replicated,
 )
-from occ_jax.parallel.sharding import on_mesh, row_shardings
-from occ_jax.rewards.pool import Judged, VerifierPool, reward_metrics
+from occ_jax.rewards.pool import Judged, reward_metrics
 from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
-from occ_jax.rl.advantages import group_advantages, rloo_advantages
-from occ_jax.rl.gradients import micro_batches
-from occ_jax.rl.losses import rollout_correction
-from occ_jax.rollout.sampler import on_sampling_mesh, sample_in_chunks
-from occ_jax.types import Batch, Params, Rollout, map_rows
+from occ_jax.setup import Setup
+from occ_jax.types import Batch, Params, Rollout
 
 
 class TooFewGroups(UserError):
@@ -52,12 +41,12 @@ class TooFewGroups(UserError):
 
 
 class Experience(NamedTuple):
-    """What one step trains on and what it logs."""
+    """The data that one step trains on, and its figures."""
 
     batches: list[Batch]  # updates_per_rollout mini-batches, on device
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # the first completions, readable
-    started: float  # time.monotonic() when the policy was there: earlier updates were done
+    started: float  # time.monotonic() when the policy was ready: earlier updates were done
 
 
 class _Group(NamedTuple):
@@ -77,44 +66,36 @@ class _Group(NamedTuple):
 class _Sample(NamedTuple):
     """A prompt's first completion, to be looked at."""
 
-    place: int  # of the prompt among the P
+    index: int  # of the prompt among the P
     prompt: Prompt
     tokens: list[int]
 
 
 def collect(
-    model: Model,
-    config: Config,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
+    setup: Setup,
     params: Params,
     reference: Params | None,
     prompts: grain.DatasetIterator[list[Prompt]],
     key: Key[Array, ""],
-    pool: VerifierPool,
 ) -> Experience:
     """Samples, scores and cuts into mini-batches.
 
     Args:
-        model: the architecture.
-        config: sections task, dataset, rollout, reward, algorithm, mtp.
-        mesh: where `params` lie.
-        tokenizer: of the prompts.
+        setup: config, devices, tokenizer and verifiers.
         params: the policy.
         reference: trunk parameters of the KL penalty's reference, or None.
-        prompts: yields `rollout.num_prompts` of them at a time.
+        prompts: yields this process's prompts of a step at a time.
         key: of this step.
-        pool: judges completions.
 
     Raises:
         UserError: dynamic sampling found too few informative groups in `rollout.max_rounds`, or a
-            reward function of the user's fails on everything.
+            user's reward function fails on everything.
     """
-    group = (
-        _dynamic(model, config, mesh, tokenizer, params, prompts, key, pool)
-        if config.rollout.dynamic_sampling
-        else _sample_group(model, config, mesh, tokenizer, params, next(prompts), key, pool)
-    )
+    config = setup.config
+    if config.rollout.dynamic_sampling:
+        group = _sample_dynamically(setup, params, prompts, key)
+    else:
+        group = _sample_group(setup, params, next(prompts), key)
     seconds = time.monotonic() - group.started
     rewards = config.reward.wrong + (1 - config.reward.wrong) * group.scores
     if config.algorithm.overlong_buffer_tokens > 0:
@@ -124,9 +105,8 @@ def collect(
             buffer_tokens=config.algorithm.overlong_buffer_tokens,
             factor=config.algorithm.overlong_penalty,
         )
-    split = jit_splitter(model, computation(config), mesh)
-    rewards_there = put_replicated(mesh, rewards.astype(np.float32))
-    batches = split(params, reference, group.rollout, rewards_there)
+    device_rewards = put_replicated(setup.mesh, rewards.astype(np.float32))
+    batches = setup.programs.split(params, reference, group.rollout, device_rewards)
     metrics = _metrics(group, rewards)
     if config.rollout.dynamic_sampling:
         metrics["train/num_gen_batches"] = float(group.rounds)
@@ -134,24 +114,17 @@ def collect(
     return Experience(
         batches=batches,
         metrics=metrics,
-        samples=_samples(config, tokenizer, group, rewards),
+        samples=_samples(setup, group, rewards),
         started=group.started,
     )
 
 
 def _sample_group(
-    model: Model,
-    config: Config,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    params: Params,
-    prompts: list[Prompt],
-    key: Key[Array, ""],
-    pool: VerifierPool,
+    setup: Setup, params: Params, prompts: list[Prompt], key: Key[Array, ""]
 ) -> _Group:
+    config, mesh, tokenizer = setup.config, setup.mesh, setup.tokenizer
     padded = (put_process_rows(mesh, x) for x in pad_prompts(config, tokenizer, prompts))
-    ends, filler = tokenizer.eos_ids, tokenizer.pad_id
-    rollout = jit_sampler(model, computation(config), mesh, ends, filler)(params, *padded, key)
+    rollout = setup.programs.sample(params, *padded, key)
     # The rollout is under way, behind the updates that make `params`: waiting for these costs
     # nothing and tells the two apart.
     jax.block_until_ready(params)
@@ -161,8 +134,8 @@ def _sample_group(
     mask = get_process_rows(mesh, rollout.response_mask)
     examples = [prompt.example for prompt in prompts]
     tokens, mask = (x.reshape(len(prompts), size, -1) for x in (tokens, mask))
-    scores, judged = judge_completions(pool, config, tokenizer, examples, tokens)
-    ended = np.any(np.isin(tokens, ends) & mask, axis=-1)
+    scores, judged = judge_completions(setup.pool, config, tokenizer, examples, tokens)
+    ended = np.any(np.isin(tokens, tokenizer.eos_ids) & mask, axis=-1)
     figures = np.stack([scores, mask.sum(-1), ended], axis=-1).astype(np.float32)
     scores, lengths, ended = np.moveaxis(gather_rows(figures), -1, 0)
     first = process_rows(len(scores)).start
@@ -178,202 +151,56 @@ def _sample_group(
     )
 
 
-def _dynamic(
-    model: Model,
-    config: Config,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
+def _sample_dynamically(
+    setup: Setup,
     params: Params,
     prompts: grain.DatasetIterator[list[Prompt]],
     key: Key[Array, ""],
-    pool: VerifierPool,
 ) -> _Group:
-    """Draws prompts until enough groups are neither all right nor all wrong, drops the surplus."""
-    wanted, size = config.rollout.num_prompts, config.rollout.group_size
-    fill = _filler(mesh)
+    """Samples until enough groups are neither all right nor all wrong, and drops the surplus."""
+    options, mesh = setup.config.rollout, setup.mesh
+    wanted, size = options.num_prompts, options.group_size
     kept: _Group | None = None
     rounds: list[_Group] = []
-    have = 0
-    for number in range(config.rollout.max_rounds):
-        found = _sample_group(
-            model,
-            config,
-            mesh,
-            tokenizer,
-            params,
-            next(prompts),
-            fold_in(mesh, key, number),
-            pool,
-        )
-        rounds.append(found)
-        keep = np.flatnonzero(informative_groups(found.scores))[: wanted - have]
-        source = np.full(wanted, -1, np.int32)  # of every place: a group of this round, or as it is
-        source[have : have + len(keep)] = keep
+    count = 0
+    for number in range(options.max_rounds):
+        group = _sample_group(setup, params, next(prompts), fold_in(mesh, key, number))
+        rounds.append(group)
+        keep = np.flatnonzero(informative_groups(group.scores))[: wanted - count]
+        source = np.full(wanted, -1, np.int32)  # for every prompt: a group of this round, -1: none
+        source[count : count + len(keep)] = keep
         source_rows = np.repeat(source * size, size) + np.tile(np.arange(size), wanted)
         source_rows = np.where(np.repeat(source < 0, size), -1, source_rows).astype(np.int32)
-        kept = found if kept is None else kept
+        kept = group if kept is None else kept
         kept = kept._replace(
-            rollout=fill(kept.rollout, found.rollout, put_replicated(mesh, source_rows)),
+            rollout=setup.programs.replace_rows(
+                kept.rollout, group.rollout, put_replicated(mesh, source_rows)
+            ),
             **{
-                name: np.concatenate([getattr(kept, name)[:have], getattr(found, name)[keep]])
+                name: np.concatenate([getattr(kept, name)[:count], getattr(group, name)[keep]])
                 for name in ("scores", "lengths", "ended")
             },
             samples=[
-                *(kept.samples if have else []),
+                *(kept.samples if count else []),
                 *(
-                    sample._replace(place=have + int(np.searchsorted(keep, sample.place)))
-                    for sample in found.samples
-                    if sample.place in keep
+                    sample._replace(index=count + int(np.searchsorted(keep, sample.index)))
+                    for sample in group.samples
+                    if sample.index in keep
                 ),
             ],
         )
-        have += len(keep)
-        if have == wanted:
+        count += len(keep)
+        if count == wanted:
             return kept._replace(
                 judged=[judged for group in rounds for judged in group.judged],
                 uniform=float(np.mean([group.uniform for group in rounds])),
                 rounds=len(rounds),
             )
     raise TooFewGroups(
-        f"dynamic sampling kept {have} of {wanted} groups after rollout.max_rounds="
-        f"{config.rollout.max_rounds} rollouts; the task is too easy or too hard for this policy. "
+        f"dynamic sampling kept {count} of {wanted} groups after rollout.max_rounds="
+        f"{options.max_rounds} rollouts; the task is too easy or too hard for this policy. "
         "The run goes on from here with a higher --rollout.max-rounds"
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _filler(mesh: Mesh) -> Callable[[Rollout, Rollout, Array], Rollout]:
-    """Replaces rows of one rollout by rows of another; row -1 leaves what is there."""
-
-    def fill(kept: Rollout, found: Rollout, source: Int[Array, " B"]) -> Rollout:
-        def pick(old: Array, new: Array, axis: int) -> Array:
-            shape = [1] * old.ndim
-            shape[axis] = -1
-            taken = jnp.take(new, jnp.maximum(source, 0), axis=axis)
-            return jnp.where((source < 0).reshape(shape), old, taken)
-
-        axes = map_rows(lambda _, axis: axis, kept)
-        return jax.tree.map(lambda axis, old, new: pick(old, new, axis), axes, kept, found)
-
-    every_field: Any = Rollout._fields
-    return jax.jit(fill, out_shardings=row_shardings(mesh, Rollout(*every_field)))
-
-
-def _scores_modules(config: Config) -> bool:
-    """Whether this run needs the modules' log-probabilities under the old policy."""
-    policy_on_trunk = config.mtp.regime in ("policy", "occ")
-    return (
-        config.model.num_mtp_modules > 0
-        and config.mtp.auxiliary_ratio == "own"
-        and (policy_on_trunk or config.mtp.head_loss == "policy")
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def jit_sampler(
-    model: Model, config: Config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int
-) -> Callable[..., Rollout]:
-    """`sample` compiled for a config: (params, prompts, prompt_valid, key) to a `Rollout`."""
-    run = functools.partial(
-        sample_in_chunks,
-        config.rollout.sampling_chunks,
-        model,
-        group_size=config.rollout.group_size,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        auxiliary=_scores_modules(config) and config.rollout.old_log_probs == "sampler",
-    )
-    # Any field may be missing in a rollout; a sharding for one that is does no harm.
-    every_field: Any = Rollout._fields
-    shardings = row_shardings(mesh, Rollout(*every_field))
-    return jax.jit(on_sampling_mesh(config, mesh, run), out_shardings=shardings)
-
-
-@functools.lru_cache(maxsize=16)
-def jit_splitter(model: Model, config: Config, mesh: Mesh) -> Callable[..., list[Batch]]:
-    """Advantages and mini-batches; scores the rollout again where the config asks for it."""
-    updates, temperature = config.algorithm.updates_per_rollout, config.rollout.temperature
-    pieces = updates * config.algorithm.micro_batches
-
-    def score(
-        params: Params, rollout: Rollout, modules: bool
-    ) -> tuple[Float[Array, "B R"], Float[Array, "K B R"] | None]:
-        """In pieces as those of an update, which there is room for."""
-        main, heads = jax.lax.map(
-            lambda piece: _score(model, params, piece, temperature, modules),
-            micro_batches(rollout, pieces),
-        )
-        if heads is not None:
-            heads = jnp.moveaxis(heads, 1, 0)
-            heads = heads.reshape(heads.shape[0], -1, heads.shape[-1])
-        return main.reshape(-1, main.shape[-1]), heads
-
-    def run(
-        params: Params, reference: Params | None, rollout: Rollout, rewards: Float[Array, "P G"]
-    ) -> list[Batch]:
-        old, auxiliary = rollout.log_probs, rollout.auxiliary_log_probs
-        if config.rollout.old_log_probs == "trainer":
-            old, auxiliary = score(params, rollout, _scores_modules(config))
-        cap, weights = config.algorithm.rollout_correction_cap, None
-        if cap is not None:
-            weights = rollout_correction(old, rollout.log_probs, cap=cap)
-        reference_log_probs = None
-        if reference is not None:
-            reference_log_probs, _ = score({"trunk": reference}, rollout, False)
-        whole = Batch(
-            tokens=rollout.tokens,
-            valid=rollout.valid,
-            response_mask=rollout.response_mask,
-            old_log_probs=old,
-            old_auxiliary_log_probs=auxiliary,
-            reference_log_probs=reference_log_probs,
-            weights=weights,
-            advantages=_advantages(config, rewards).reshape(-1),
-        )
-        size = whole.advantages.shape[0] // updates
-
-        def cut(x: Array, axis: int, number: int) -> Array:
-            return jax.lax.slice_in_dim(x, number * size, (number + 1) * size, axis=axis)
-
-        batches = [
-            map_rows(functools.partial(cut, number=number), whole) for number in range(updates)
-        ]
-        shardings = [row_shardings(mesh, batch) for batch in batches]
-        return jax.lax.with_sharding_constraint(batches, shardings)
-
-    return jax.jit(on_mesh(mesh, run))
-
-
-def _advantages(config: Config, rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
-    match config.algorithm.advantage:
-        case "group":
-            return group_advantages(rewards)
-        case "group_mean":
-            return group_advantages(rewards, normalize_std=False)
-        case "rloo":
-            return rloo_advantages(rewards)
-
-
-def _score(
-    model: Model, params: Params, rollout: Rollout, temperature: float, modules: bool
-) -> tuple[Float[Array, "B R"], Float[Array, "K B R"] | None]:
-    """Log-probabilities by the trainer's own forward pass."""
-    response = rollout.response_mask.shape[1]
-    theta, targets = params["trunk"], rollout.tokens[:, -response:]
-    states = trunk_states(model, theta, rollout.tokens, rollout.valid)
-
-    def by(hidden: Array) -> Array:
-        return score_tokens(model, theta, hidden, targets, temperature).log_probs
-
-    main = by(states.hidden[:, -response:])
-    if not modules:
-        return main, None
-    heads = auxiliary_states(
-        model, params, states.mtp_input, rollout.tokens, rollout.valid, response
-    )
-    return main, jnp.stack([by(head) for head in heads])
 
 
 def _metrics(group: _Group, rewards: np.ndarray) -> dict[str, float]:
@@ -396,24 +223,22 @@ def _metrics(group: _Group, rewards: np.ndarray) -> dict[str, float]:
     }
 
 
-def _samples(
-    config: Config, tokenizer: Tokenizer, group: _Group, rewards: np.ndarray
-) -> list[dict[str, Any]]:
+def _samples(setup: Setup, group: _Group, rewards: np.ndarray) -> list[dict[str, Any]]:
     """The first completions of the first prompts, whichever process has them."""
     own = [
         (
-            place,
+            index,
             {
                 "id": prompt.example.id,
-                "prompt": prompt_text(config, prompt.example),
-                "completion": decode_completion(tokenizer, tokens),
+                "prompt": prompt_text(setup.config, prompt.example),
+                "completion": decode_completion(setup.tokenizer, tokens),
                 "answer": prompt.example.answer,
-                "score": float(group.scores[place, 0]),
-                "reward": float(rewards[place, 0]),
+                "score": float(group.scores[index, 0]),
+                "reward": float(rewards[index, 0]),
             },
         )
-        for place, prompt, tokens in group.samples
-        if place < config.run.num_logged_samples
+        for index, prompt, tokens in group.samples
+        if index < setup.config.run.num_logged_samples
     ]
-    found = [pair for pairs in gather_objects(own) for pair in pairs]
-    return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
+    numbered = [pair for pairs in gather_objects(own) for pair in pairs]
+    return [sample for _, sample in sorted(numbered, key=lambda pair: pair[0])]

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
+from occ_jax.files import Row
 from occ_jax.tables import markdown_table
-from occ_jax.training.log import Row
 
 Rows = Sequence[Row]
 Runs = Mapping[str, Sequence[Rows]]

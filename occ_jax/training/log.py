@@ -20,10 +20,9 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from occ_jax.errors import UserError
-from occ_jax.files import replace_text
+from occ_jax.files import Row, read_rows, replace_text
 from occ_jax.training.charts import Charts
-
-Row = dict[str, Any]
+from occ_jax.training.run_directory import RunDirectory
 
 
 class RunLog:
@@ -32,17 +31,19 @@ class RunLog:
     All of its methods raise `UserError` where the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, resume_step: int, charts: Charts | None = None) -> None:
+    def __init__(
+        self, directory: RunDirectory, resume_step: int, charts: Charts | None = None
+    ) -> None:
         """Opens, and drops rows of steps after `resume_step`; -1 for a fresh run."""
         self._directory, self._charts = directory, charts
         with self._writable():
-            self._metrics = _open_after(directory / "metrics.jsonl", resume_step)
-            self._samples = _open_after(directory / "samples.jsonl", resume_step)
-            (directory / "tensorboard").mkdir(exist_ok=True)
+            self._metrics = _open_after(directory.metrics, resume_step)
+            self._samples = _open_after(directory.samples, resume_step)
+            directory.events.mkdir(exist_ok=True)
             events = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
             # In this thread: for tensorboardX's own one, once a full disk ended it, others wait for
             # ever. Nor is its EventsWriter closed where it cannot be flushed.
-            self._events = RecordWriter(str(directory / "tensorboard" / events))
+            self._events = RecordWriter(str(directory.events / events))
             self._write_event(resume_step + 1, file_version="brain.Event:2")
             start = SessionLog(status=SessionLog.START)  # later steps of earlier files are void
             self._write_event(resume_step + 1, session_log=start)
@@ -102,21 +103,8 @@ class RunLog:
             yield
         except OSError as error:
             raise UserError(
-                f"the log of the run in {self._directory} cannot be written: {error.strerror}"
+                f"the log of the run in {self._directory.path} cannot be written: {error.strerror}"
             ) from error
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    rows: list[Row] = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _open_after(path: Path, step: int) -> Any:

@@ -1,22 +1,19 @@
-"""The training loop: what happens on the host between jitted calls.
+"""The training loop: the host's work between jitted calls.
 
     prompts -> collect (rollout, rewards, mini-batches) -> updates -> log, evaluate, checkpoint
 
 A run lives in its directory and goes on from there: starting it again resumes at the last complete
 checkpoint and repeats, bit for bit, what an undisturbed run would have done. Metrics of a step are
-fetched while the next one's rollout is awaited anyway, so they cost no synchronisation. Of several
-processes all do the same, each on its share; the first one alone writes and speaks.
+fetched while the next one's rollout is awaited anyway, so they cost no synchronisation. Several
+processes do the same, each on its share of the prompts; the first one alone writes and reports.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +21,8 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from occ_jax.config import Config, MeshConfig, computation, differences, from_dict, to_dict
+from occ_jax.config import Config
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import (
     TrainingPrompts,
@@ -35,49 +30,26 @@ from occ_jax.data.pipeline import (
     evaluation_prompts,
     go_on,
     iterate,
-    prompt_columns,
     training_prompts,
 )
-from occ_jax.data.tasks import completion_tokens, prompt_tokens
-from occ_jax.data.tokenizer import Tokenizer, model_tokenizer
 from occ_jax.errors import UserError
 from occ_jax.evaluation.evaluate import evaluate_sets
-from occ_jax.files import PARTIAL, write_json
-from occ_jax.models.huggingface.load import read_layout
-from occ_jax.models.model import Model, num_parameters
-from occ_jax.parallel.exchange import check_processes, fold_in, is_first_process, on_first_process
-from occ_jax.parallel.sharding import make_mesh
+from occ_jax.files import Row, write_json
+from occ_jax.models.model import num_parameters
+from occ_jax.parallel.exchange import fold_in, is_first_process, on_first_process
 from occ_jax.progress import Progress
-from occ_jax.rewards.pool import VerifierPool
-from occ_jax.rewards.scoring import open_pool
-from occ_jax.rl.train_step import Metrics, abstract_state, jit_train_step, place_state
+from occ_jax.rl.train_step import Metrics, abstract_state, place_state
+from occ_jax.setup import Setup, open_setup
 from occ_jax.training.charts import check_charts, open_charts
 from occ_jax.training.checkpoint import Checkpoints, newest_intact
 from occ_jax.training.experience import Experience, TooFewGroups, collect
-from occ_jax.training.log import Row, RunLog, read_rows
+from occ_jax.training.log import RunLog
+from occ_jax.training.run_directory import RunDirectory
+from occ_jax.training.stop import stop_requests
 from occ_jax.training.warm_start import starting_params
-from occ_jax.types import Params, TrainState
+from occ_jax.types import Batch, Params, TrainState
 
-# Fields in which a run directory and the config that resumes it may differ.
-_MAY_CHANGE = {
-    "dataset.directory",
-    "reward.workers",
-    "rollout.max_rounds",
-    "rollout.gather_weights",
-    "model.remat",
-    "model.attention_kernel",
-    "model.attention_columns",
-    "model.logits_columns",
-    "run.directory",
-    "run.steps",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_every",
-    "run.wandb_project",
-    "warm_start.cache_directory",
-    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
-}
-_ROLLOUT, _EVALUATION = 0, 1  # what a step's key is folded with
+_ROLLOUT, _EVALUATION = 0, 1  # a step's key is folded with these
 _WATCHED = {
     "reward": "critic/rewards/mean",
     "accuracy": "val/accuracy",
@@ -87,20 +59,97 @@ _WATCHED = {
 }
 
 
-class _Run(NamedTuple):
-    """A run's fixed surroundings."""
+def train(config: Config, progress: Progress | None = None) -> dict[str, Any]:
+    """Runs, or resumes, one experiment to its end.
 
-    config: Config
-    model: Model
-    mesh: Mesh
-    tokenizer: Tokenizer
-    training: TrainingPrompts
-    data: grain.DatasetIterator[list[Prompt]]
-    evaluation: dict[str, list[Prompt]]
-    reference: Params | None
-    checkpoints: Checkpoints
-    log: RunLog | None  # of the first process
-    pool: VerifierPool
+    Args:
+        config: the experiment; `run.directory` decides which run is resumed.
+        progress: shows how far the run is; None for a bar or lines on standard error.
+
+    Returns:
+        The summary, as written to summary.json; its "step" is less than `run.steps` where the run
+        was stopped.
+
+    Raises:
+        UserError: config and task do not fit, the directory holds another run or cannot be written,
+            a checkpoint is damaged, too many updates in a row were not finite, a user's reward
+            function fails.
+    """
+    progress = Progress() if progress is None else progress
+    check_charts(config)
+    with open_setup(config) as setup:
+        return _train(setup, progress)
+
+
+def _train(setup: Setup, progress: Progress) -> dict[str, Any]:
+    config, directory = setup.config, RunDirectory(Path(setup.config.run.directory))
+    evaluation = evaluation_prompts(config, setup.tokenizer, config.run.evaluation_prompts)
+    training = training_prompts(config, setup.tokenizer)
+    prompts = _process_prompts(config, training)
+    on_first_process(lambda: directory.open(config))
+    if training.epoch is not None:
+        progress.say(
+            f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
+            f"over {config.rollout.max_prompt_tokens:,} tokens left out"
+        )
+    resume_step = on_first_process(lambda: newest_intact(directory.checkpoints, progress.say))
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        keep=config.run.keep_checkpoints,
+        keep_every=config.run.keep_every,
+    )
+    like = abstract_state(setup.model, config, setup.mesh)
+    penalised = config.algorithm.kl_coefficient > 0
+    reference: Params | None = None
+    if resume_step is None:
+        params = starting_params(setup, progress.say)
+        if penalised:
+            reference = jax.tree.map(jnp.copy, params["trunk"])  # the state takes the buffers over
+        state = place_state(config, params, config.run.seed, setup.mesh)
+    else:
+        progress.say(f"resuming {directory.path} at step {resume_step} of {config.run.steps}")
+        state, prompts_drawn = checkpoints.restore(resume_step, like)
+        go_on(prompts, prompts_drawn // jax.process_count())
+        if penalised:
+            reference = starting_params(setup, progress.say)["trunk"]
+    log: RunLog | None = None
+    if is_first_process():
+        charts = open_charts(config, progress.say)
+        log = RunLog(directory, -1 if resume_step is None else resume_step, charts)
+    run = Run(setup, training, prompts, evaluation, reference, checkpoints, log)
+    # A run that is asked to stop while it ends, ends.
+    with stop_requests() as must_stop, checkpoints, log if log is not None else nullcontext():
+        stopped = run.steps(state, resume_step, progress, must_stop)
+    if stopped is not None:
+        progress.say(f"stopped at step {stopped} of {config.run.steps}; start again to go on")
+
+    def summarise() -> dict[str, Any]:
+        summary = _summary(config, like.params, directory)
+        write_json(directory.summary, summary)
+        return summary
+
+    return on_first_process(summarise)
+
+
+def _process_prompts(
+    config: Config, training: TrainingPrompts
+) -> grain.DatasetIterator[list[Prompt]]:
+    """Iterates over the prompts of every step that this process samples.
+
+    Raises:
+        UserError: the processes do not divide the prompts of a step.
+    """
+    processes, prompts = jax.process_count(), config.rollout.num_prompts
+    if prompts % processes != 0:
+        raise UserError(
+            f"rollout.num_prompts is {prompts}; it must be a multiple of the {processes} processes"
+        )
+    return iterate(
+        training.prompts,
+        prompts // processes,
+        host=jax.process_index(),
+        num_hosts=processes,
+    )
 
 
 class _Pending(NamedTuple):
@@ -112,401 +161,195 @@ class _Pending(NamedTuple):
     started: float  # time.monotonic() when the updates before this step were done
 
 
-def train(config: Config, progress: Progress) -> dict[str, Any]:
-    """Runs, or resumes, one experiment to its end.
+@dataclass(frozen=True)
+class Run:
+    """A run under way: its surroundings, and what is done at every step."""
 
-    Args:
-        config: the experiment; `run.directory` decides what is resumed.
-        progress: shows what goes on.
+    setup: Setup
+    training: TrainingPrompts
+    prompts: grain.DatasetIterator[list[Prompt]]  # of this process
+    evaluation: dict[str, list[Prompt]]
+    reference: Params | None  # trunk parameters of the KL penalty's reference
+    checkpoints: Checkpoints
+    log: RunLog | None  # of the first process
 
-    Returns:
-        The summary, as written to summary.json; its "step" is less than `run.steps` where the run
-        was stopped.
+    def steps(
+        self,
+        state: TrainState,
+        resume_step: int | None,
+        progress: Progress,
+        must_stop: Callable[[int], bool],
+    ) -> int | None:
+        """Does all steps that are left; returns the last one where `must_stop` ended the run."""
+        config, total = self.setup.config, self.setup.config.run.steps
+        done, skipped = resume_step or 0, 0
+        watched: Row = {}
+        if resume_step is None:
+            watched = {"step": 0, **self.evaluate(state, 0), **self.data_figures()}
+            if self.log is not None:
+                self.log.write(watched)
+        pending: _Pending | None = None
+        with (
+            progress.steps(config.mtp.regime, total, done) as show,
+            jax.transfer_guard("disallow"),  # transfers to or from the devices here are explicit
+        ):
+            for step in range(done + 1, total + 1):
+                with self._saved_on_error(state, step - 1, pending, skipped):
+                    experience = self.collect(state, step)
+                if pending is not None:
+                    skipped = self.finish(pending, experience.started, skipped)
+                    watched |= pending.row
+                    show(step - 1, _watched_figures(watched))
+                state, updates = self.update(state, experience.batches, step)
+                pending = _Pending(
+                    {"step": step, **experience.metrics, **self.data_figures()},
+                    updates,
+                    experience.samples,
+                    experience.started,
+                )
+                evaluates = step % config.run.evaluate_every == 0 or step == total
+                stopping = must_stop(step) and step < total  # asked once: a stopped step is saved
+                saves = step % config.run.checkpoint_every == 0 or step == total or stopping
+                if evaluates or saves:
+                    jax.block_until_ready(state.params)  # evaluation and checkpoint wait anyway
+                    ended = time.monotonic()
+                    if evaluates:
+                        pending.row.update(self.evaluate(state, step))
+                    skipped = self.finish(pending, ended, skipped)
+                    watched |= pending.row
+                    show(step, _watched_figures(watched))
+                    pending = None
+                if saves:
+                    self.save(state, step, self.prompts_drawn())
+                if stopping:
+                    return step
+        return None
 
-    Raises:
-        UserError: config and task do not fit, the directory holds another run or cannot be written,
-            a checkpoint is damaged, too many updates in a row were not finite, a reward function of
-            the user's fails.
-    """
-    tokenizer = model_tokenizer(config.model)
-    check_task_fits(config, tokenizer)
-    check_charts(config)
-    if config.model.checkpoint:
-        read_layout(config.model)  # what is wrong with its files is said before anything is written
-    with open_pool(config) as pool:
-        return _train(config, tokenizer, pool, progress)
+    def collect(self, state: TrainState, step: int) -> Experience:
+        """Samples and judges the rollout of a step."""
+        key = fold_in(self.setup.mesh, state.key, step, _ROLLOUT)
+        return collect(self.setup, state.params, self.reference, self.prompts, key)
 
+    def update(
+        self, state: TrainState, batches: list[Batch], step: int
+    ) -> tuple[TrainState, list[Metrics]]:
+        """Does the updates of one rollout; nothing here waits for the device."""
+        programs, every = self.setup.programs, self.setup.config.mtp.measure_every
+        updates: list[Metrics] = []
+        for number, batch in enumerate(batches, start=(step - 1) * len(batches)):
+            update = programs.update if number % every == 0 else programs.update_between
+            state, metrics = update(state, batch)
+            updates.append(metrics)
+        return state, updates
 
-def _train(
-    config: Config, tokenizer: Tokenizer, pool: VerifierPool, progress: Progress
-) -> dict[str, Any]:
-    mesh, model = make_mesh(config.mesh), Model(config.model)
-    check_processes(config, mesh)
-    evaluation = evaluation_prompts(config, tokenizer, config.run.evaluation_prompts)
-    training = training_prompts(config, tokenizer)
-    data = _share(config, training)
-    directory = Path(config.run.directory)
-    on_first_process(lambda: open_directory(directory, config))
-    if training.epoch is not None:
-        progress.say(
-            f"{config.dataset.name}: {training.epoch:,} prompts an epoch, {training.overlong:,} "
-            f"over {config.rollout.max_prompt_tokens:,} tokens left out"
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Answers and judges the evaluation sets."""
+        return evaluate_sets(
+            self.setup,
+            state.params,
+            self.evaluation,
+            fold_in(self.setup.mesh, state.key, step, _EVALUATION),
+            num_samples=self.setup.config.run.evaluation_samples,
         )
-    found = on_first_process(lambda: newest_intact(directory / "checkpoints", progress.say))
-    checkpoints = Checkpoints(
-        directory / "checkpoints",
-        keep=config.run.keep_checkpoints,
-        keep_every=config.run.keep_every,
-    )
-    like = abstract_state(model, computation(config), mesh)
-    penalised = config.algorithm.kl_coefficient > 0
-    if found is None:
-        begin = starting_params(config, model, mesh, tokenizer, progress.say)
-        # A copy, as the state takes the buffers over.
-        reference = jax.tree.map(jnp.copy, begin["trunk"]) if penalised else None
-        state = place_state(computation(config), begin, config.run.seed, mesh)
-    else:
-        progress.say(f"resuming {directory} at step {found} of {config.run.steps}")
-        state, prompts_drawn = checkpoints.restore(found, like)
-        go_on(data, prompts_drawn // jax.process_count())
-        reference = None
-        if penalised:
-            reference = starting_params(config, model, mesh, tokenizer, progress.say)["trunk"]
-    log: RunLog | None = None
-    if is_first_process():
-        charts = open_charts(config, progress.say)
-        log = RunLog(directory, -1 if found is None else found, charts)
-    run = _Run(
-        config,
-        model,
-        mesh,
-        tokenizer,
-        training,
-        data,
-        evaluation,
-        reference,
-        checkpoints,
-        log,
-        pool,
-    )
-    # Asked to stop while it ends, it ends.
-    with _stop_requests() as stop, checkpoints, log if log is not None else nullcontext():
-        stopped = _steps(run, state, found, progress, stop)
-    if stopped is not None:
-        progress.say(f"stopped at step {stopped} of {config.run.steps}; start again to go on")
 
-    def summarise() -> dict[str, Any]:
-        summary = _summary(config, like.params, read_rows(directory / "metrics.jsonl"))
-        write_json(directory / "summary.json", summary)
-        return summary
+    def save(self, state: TrainState, step: int, prompts_drawn: int) -> None:
+        """Begins the checkpoint of a step, whose metrics are on disk before it."""
+        if self.log is not None:
+            self.log.flush()
+        with jax.transfer_guard("allow"):  # orbax copies as it sees fit
+            self.checkpoints.save(step, state, prompts_drawn)
 
-    return on_first_process(summarise)
+    def finish(self, pending: _Pending, ended: float, skipped: int) -> int:
+        """Fetches a step's update metrics and logs it.
 
+        A row holds the mean over the step's updates, and under "per_update" the values in order.
 
-def _share(config: Config, training: TrainingPrompts) -> grain.DatasetIterator[list[Prompt]]:
-    """This process's share of the prompts of every step.
+        Args:
+            pending: the step.
+            ended: time.monotonic() when its updates were done, before evaluation and checkpoint.
+            skipped: updates in a row that were skipped before this step.
 
-    Raises:
-        UserError: they do not divide.
-    """
-    hosts, prompts = jax.process_count(), config.rollout.num_prompts
-    if prompts % hosts != 0:
-        raise UserError(
-            f"rollout.num_prompts is {prompts}; it must be a multiple of the {hosts} processes"
-        )
-    return iterate(
-        training.prompts,
-        prompts // hosts,
-        host=jax.process_index(),
-        num_hosts=hosts,
-    )
+        Returns:
+            Updates in a row that were skipped up to the end of this step.
 
+        Raises:
+            UserError: they reached `run.max_skipped_updates`.
+        """
+        updates = [
+            {name: float(value) for name, value in metrics.items()}
+            for metrics in jax.device_get(pending.updates)
+        ]
+        per_update = {
+            name: [metrics[name] for metrics in updates if name in metrics]
+            for name in dict.fromkeys(name for metrics in updates for name in metrics)
+        }
+        row = pending.row
+        row.update({name: float(np.mean(values)) for name, values in per_update.items()})
+        seconds = ended - pending.started
+        row["timing_s/update"] = seconds - row["timing_s/rollout"] - row["timing_s/reward"]
+        row["timing_s/step"] = seconds
+        row["perf/throughput"] = row["rollout/tokens"] / seconds
+        row["per_update"] = {
+            name: values for name, values in per_update.items() if name.startswith("occ/")
+        }
+        if self.log is not None:
+            self.log.write(row)
+            self.log.write_samples({"step": row["step"], **x} for x in pending.samples)
+        limit = self.setup.config.run.max_skipped_updates
+        for metrics in updates:
+            skipped = skipped + 1 if metrics["actor/skipped"] else 0
+            if skipped >= limit:
+                raise UserError(
+                    f"step {row['step']}: {skipped} updates in a row had a non-finite loss or "
+                    f"gradient and were skipped (run.max_skipped_updates={limit})"
+                )
+        return skipped
 
-def _steps(
-    run: _Run,
-    state: TrainState,
-    found: int | None,
-    progress: Progress,
-    stop: Callable[[int], bool],
-) -> int | None:
-    """All steps that are left; the last one, its checkpoint begun, where `stop` was asked for."""
-    config, total = run.config.run, run.config.run.steps
-    skipped = 0
-    watched: Row = {}
-    if found is None:
-        watched = {"step": 0, **_evaluate(run, state, 0), **_data_figures(run)}
-        if run.log is not None:
-            run.log.write(watched)
-    pending: _Pending | None = None
-    with (
-        progress.steps(run.config.mtp.regime, total, found or 0) as show,
-        jax.transfer_guard("disallow"),  # what goes to or from the devices here says so
-    ):
-        for step in range((found or 0) + 1, total + 1):
-            with _saved_on_error(run, state, step - 1, pending, skipped):
-                experience = _collect(run, state, step)
-            if pending is not None:
-                skipped = _finish(run, pending, experience.started, skipped)
-                watched |= pending.row
-                show(step - 1, _figures(watched))
-            state, updates = _update(run, state, experience.batches, step)
-            pending = _Pending(
-                {"step": step, **experience.metrics, **_data_figures(run)},
-                updates,
-                experience.samples,
-                experience.started,
-            )
-            evaluates = step % config.evaluate_every == 0 or step == total
-            stopping = stop(step) and step < total  # asked once: what stops here is saved here
-            saves = step % config.checkpoint_every == 0 or step == total or stopping
-            if evaluates or saves:
-                jax.block_until_ready(state.params)  # what follows waits for them anyway
-                ended = time.monotonic()
-                if evaluates:
-                    pending.row.update(_evaluate(run, state, step))
-                skipped = _finish(run, pending, ended, skipped)
-                watched |= pending.row
-                show(step, _figures(watched))
-                pending = None
-            if saves:
-                _save(run, state, step, _drawn(run))
-            if stopping:
-                return step
-    return None
+    def prompts_drawn(self) -> int:
+        """Returns the number of prompts that all processes have drawn."""
+        return drawn(self.prompts) * jax.process_count()
+
+    def data_figures(self) -> Row:
+        """Returns the size of a prepared set, and how far through it the run has come."""
+        if self.training.epoch is None:
+            return {}
+        return {
+            "data/prompts": self.training.epoch,
+            "data/overlong_prompts": self.training.overlong,
+            "data/epoch": self.prompts_drawn() / self.training.epoch,
+        }
+
+    @contextmanager
+    def _saved_on_error(
+        self, state: TrainState, step: int, pending: _Pending | None, skipped: int
+    ) -> Generator[None]:
+        """Saves the last whole step where the next one's experience cannot be collected.
+
+        A checkpoint takes all processes, so several save only where all are refused alike.
+        """
+        prompts_drawn = self.prompts_drawn()
+        try:
+            yield
+        except UserError as error:
+            if jax.process_count() == 1 or isinstance(error, TooFewGroups):
+                if pending is not None:
+                    self.finish(pending, time.monotonic(), skipped)
+                if step > 0 and step not in self.checkpoints.steps():
+                    self.save(state, step, prompts_drawn)
+            raise
 
 
-def _save(run: _Run, state: TrainState, step: int, prompts_drawn: int) -> None:
-    """Begins the checkpoint of a step, whose metrics are on disk before it."""
-    if run.log is not None:
-        run.log.flush()
-    with jax.transfer_guard("allow"):  # orbax copies as it sees fit
-        run.checkpoints.save(step, state, prompts_drawn)
-
-
-@contextmanager
-def _saved_on_error(
-    run: _Run, state: TrainState, step: int, pending: _Pending | None, skipped: int
-) -> Generator[None]:
-    """Saves the last step that is whole where the next one's experience cannot be had.
-
-    Of several processes only where all are refused alike, as a checkpoint takes all of them.
-    """
-    prompts_drawn = _drawn(run)
-    try:
-        yield
-    except UserError as error:
-        if jax.process_count() == 1 or isinstance(error, TooFewGroups):
-            if pending is not None:
-                _finish(run, pending, time.monotonic(), skipped)
-            if step > 0 and step not in run.checkpoints.steps():
-                _save(run, state, step, prompts_drawn)
-        raise
-
-
-def _drawn(run: _Run) -> int:
-    """Prompts that all processes have drawn."""
-    return drawn(run.data) * jax.process_count()
-
-
-def _collect(run: _Run, state: TrainState, step: int) -> Experience:
-    return collect(
-        run.model,
-        run.config,
-        run.mesh,
-        run.tokenizer,
-        state.params,
-        run.reference,
-        run.data,
-        fold_in(run.mesh, state.key, step, _ROLLOUT),
-        run.pool,
-    )
-
-
-def _update(
-    run: _Run, state: TrainState, batches: list[Any], step: int
-) -> tuple[TrainState, list[Metrics]]:
-    """The updates of one rollout; nothing here waits for the device."""
-    every = run.config.mtp.measure_every
-    metrics: list[Metrics] = []
-    for number, batch in enumerate(batches, start=(step - 1) * len(batches)):
-        measure = number % every == 0
-        update = jit_train_step(run.model, computation(run.config), run.mesh, measure=measure)
-        state, found = update(state, batch)
-        metrics.append(found)
-    return state, metrics
-
-
-def _finish(run: _Run, pending: _Pending, ended: float, skipped: int) -> int:
-    """Fetches a step's update metrics and logs it; returns the skipped updates in a row.
-
-    A row holds the mean over the step's updates, and under "per_update" the values in order.
-
-    Args:
-        run: where to log.
-        pending: the step.
-        ended: time.monotonic() when its updates were done; evaluation and checkpoints come after.
-        skipped: updates in a row that were skipped before this step.
-    """
-    updates = [
-        {name: float(value) for name, value in metrics.items()}
-        for metrics in jax.device_get(pending.updates)
-    ]
-    per_update = {
-        name: [metrics[name] for metrics in updates if name in metrics]
-        for name in dict.fromkeys(name for metrics in updates for name in metrics)
-    }
-    pending.row.update({name: float(np.mean(values)) for name, values in per_update.items()})
-    seconds = ended - pending.started
-    spent = pending.row["timing_s/rollout"] + pending.row["timing_s/reward"]
-    pending.row["timing_s/update"] = seconds - spent
-    pending.row["timing_s/step"] = seconds
-    pending.row["perf/throughput"] = pending.row["rollout/tokens"] / seconds
-    pending.row["per_update"] = {
-        name: values for name, values in per_update.items() if name.startswith("occ/")
-    }
-    step = pending.row["step"]
-    if run.log is not None:
-        run.log.write(pending.row)
-        run.log.write_samples({"step": step, **sample} for sample in pending.samples)
-    limit = run.config.run.max_skipped_updates
-    for metrics in updates:
-        skipped = skipped + 1 if metrics["actor/skipped"] else 0
-        if skipped >= limit:
-            raise UserError(
-                f"step {step}: {skipped} updates in a row had a non-finite loss or gradient and "
-                f"were skipped (run.max_skipped_updates={limit})"
-            )
-    return skipped
-
-
-def _evaluate(run: _Run, state: TrainState, step: int) -> dict[str, float]:
-    return evaluate_sets(
-        run.model,
-        run.config,
-        run.mesh,
-        run.tokenizer,
-        state.params,
-        run.evaluation,
-        fold_in(run.mesh, state.key, step, _EVALUATION),
-        run.pool,
-        num_samples=run.config.run.evaluation_samples,
-    )
-
-
-def _data_figures(run: _Run) -> Row:
-    """How much of a prepared set there is, and how far through it the run has come."""
-    if run.training.epoch is None:
-        return {}
-    return {
-        "data/prompts": run.training.epoch,
-        "data/overlong_prompts": run.training.overlong,
-        "data/epoch": _drawn(run) / run.training.epoch,
-    }
-
-
-def _figures(row: Row) -> dict[str, float]:
+def _watched_figures(row: Row) -> dict[str, float]:
+    """The figures beside the progress bar."""
     return {short: row[name] for short, name in _WATCHED.items() if name in row}
 
 
-def check_task_fits(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuses what a config may be planned with but no run can start from.
-
-    Problems need a checkpoint's tokenizer; model and rollout must be as large as tokenizer and
-    prompts ask for.
-
-    Raises:
-        UserError: naming the field and what it must be.
-    """
-    task, rollout, model = config.task, config.rollout, config.model
-    if config.dataset.name and not model.checkpoint:
-        raise UserError(
-            "model.checkpoint is ''; it must be a Hugging Face checkpoint's directory with "
-            f"dataset.name {config.dataset.name}, whose text the digit alphabet cannot spell"
-        )
-    least = [
-        ("model.vocab_size", model.vocab_size, tokenizer.vocab_size, "the tokenizer"),
-    ]
-    if not config.dataset.name:
-        width, owner = prompt_columns(config), f"task {task.name}"
-        least += [
-            ("rollout.max_prompt_tokens", width, prompt_tokens(task), owner),
-            ("rollout.max_new_tokens", rollout.max_new_tokens, completion_tokens(task), owner),
-        ]
-    for name, value, needed, who in least:
-        if value < needed:
-            raise UserError(f"{name} is {value}; {who} needs at least {needed}")
-    depth, columns = model.num_mtp_modules, prompt_columns(config)
-    if depth >= columns:
-        raise UserError(
-            f"model.num_mtp_modules is {depth}; prompts have {columns} tokens, enough for "
-            f"{columns - 1}"
-        )
-
-
-def open_directory(directory: Path, config: Config) -> None:
-    """Makes a run directory, or checks that the one that is there belongs to `config`.
-
-    Raises:
-        UserError: it cannot be written, or holds something else.
-    """
-    saved = directory / "config.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if saved.exists():
-            _check_same_run(directory, load_config(directory), config)
-        elif any(not path.name.endswith(PARTIAL) for path in directory.iterdir()):
-            raise UserError(
-                f"{directory} is not empty and holds no run; choose another --run.directory"
-            )
-        write_json(saved, to_dict(config))
-    except OSError as error:
-        raise UserError(
-            f"the run directory {directory} cannot be written: {error.strerror}"
-        ) from error
-
-
-def load_config(directory: Path) -> Config:
-    """The config a run directory was made with.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    path = directory / "config.json"
-    try:
-        return from_dict(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} holds no config.json; it is not a run directory") from error
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _check_same_run(directory: Path, saved: Config, config: Config) -> None:
-    changed = {
-        name: values
-        for name, values in differences(saved, config).items()
-        if name not in _MAY_CHANGE and not (name == "model.checkpoint" and same_directory(*values))
-    }
-    if changed:
-        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
-        raise UserError(
-            f"{directory} holds a run with another config ({listed}); choose another "
-            "--run.directory"
-        )
-
-
-def same_directory(old: str, new: str) -> bool:
-    """Whether a checkpoint's directory is the old one, written otherwise or moved since."""
-    if not old or not new:
-        return False
-    return Path(old).resolve() == Path(new).resolve() or not Path(old).exists()
-
-
-def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:
+def _summary(config: Config, params: Params, directory: RunDirectory) -> dict[str, Any]:
+    rows = directory.rows()
     evaluated = [row for row in rows if "val/accuracy" in row]
     if not evaluated:
         raise UserError(
-            f"{config.run.directory}/metrics.jsonl holds no evaluation of this run: it was deleted "
-            "or damaged"
+            f"{directory.metrics} holds no evaluation of this run: it was deleted or damaged"
         )
     before, after = (
         {k: v for k, v in row.items() if k.startswith("val/")}
@@ -524,37 +367,3 @@ def _summary(config: Config, params: Params, rows: list[Row]) -> dict[str, Any]:
         "after": after,
         "seconds_per_step": float(np.median(seconds)) if seconds else None,
     }
-
-
-@contextmanager
-def _stop_requests() -> Generator[Callable[[int], bool]]:
-    """Asks, after every step, whether to stop: on SIGTERM and the first SIGINT, instead of dying.
-
-    A second SIGINT interrupts. Of several processes JAX's preemption service takes SIGTERM and has
-    all of them stop after the same step, whoever got it; a SIGINT is passed on to it. Outside the
-    main thread (a notebook's worker, a test) signals stay as they are.
-    """
-    alone = jax.process_count() == 1
-    received: list[int] = []
-
-    def remember(number: int, _: object) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if not alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def asked(step: int) -> bool:
-        return bool(received) if alone else multihost_utils.reached_preemption_sync_point(step)
-
-    try:
-        taken = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
-        previous = {s: signal.signal(s, remember) for s in taken}
-    except ValueError:
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

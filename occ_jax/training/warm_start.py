@@ -20,12 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import Config
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
-from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
@@ -38,6 +36,7 @@ from occ_jax.models.scoring import (
 from occ_jax.parallel.exchange import on_first_process
 from occ_jax.parallel.sharding import abstract, constrain, on_mesh, state_shardings
 from occ_jax.rl.losses import mean, negative_log_likelihood
+from occ_jax.setup import Setup
 from occ_jax.training.checkpoint import restore_params, save_params
 from occ_jax.types import Params
 
@@ -45,38 +44,29 @@ from occ_jax.types import Params
 _STREAM = 2**31
 
 
-def starting_params(
-    config: Config,
-    model: Model,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    report: Callable[[str], None] | None = None,
-) -> Params:
-    """Parameters every run of this (model, task, warm start) starts from.
+def starting_params(setup: Setup, report: Callable[[str], None] = lambda _: None) -> Params:
+    """Returns the parameters that every run of this (model, task, warm start) starts from.
 
     Args:
-        config: sections model, task and warm_start matter.
-        model: the architecture.
-        mesh: where the parameters go.
-        tokenizer: of the task's prompts and completions.
-        report: receives one line about what was done, for people.
+        setup: sections model, task and warm_start of its config matter.
+        report: receives one line about their origin, for people.
     """
-    tell = report or (lambda _: None)
+    config, model, mesh = setup.config, setup.model, setup.mesh
     like = abstract(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     directory = cache_path(config)
     if config.warm_start.steps > 0 and on_first_process(directory.is_dir):
-        tell(f"starting policy: {directory}")
+        report(f"starting policy: {directory}")
         return restore_params(directory, like)
     if config.model.checkpoint:
-        tell(f"starting policy: {config.model.checkpoint}")
+        report(f"starting policy: {config.model.checkpoint}")
         _, params = load_pretrained(config.model.checkpoint, config=config.model, mesh=mesh)
     else:
         init = jax.jit(model.init, out_shardings=state_shardings(mesh, like))
         params = init(jax.random.key(config.warm_start.seed))
     if config.warm_start.steps == 0:
         return params
-    tell(f"starting policy: {config.warm_start.steps} supervised steps")
-    params = _fit(config, model, mesh, tokenizer, params)
+    report(f"starting policy: {config.warm_start.steps} supervised steps")
+    params = _fit(setup, params)
     _keep(directory, params)
     return params
 
@@ -137,7 +127,8 @@ def supervised_loss(
     return losses[0] + mtp_weight * sum(losses[1:], jnp.zeros(())) / max(depth, 1)
 
 
-def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params: Params) -> Params:
+def _fit(setup: Setup, params: Params) -> Params:
+    config, mesh, tokenizer = setup.config, setup.mesh, setup.tokenizer
     warm_start = config.warm_start
     optimizer = optax.adam(warm_start.learning_rate)
     moments = state_shardings(mesh, jax.eval_shape(optimizer.init, params))
@@ -146,7 +137,7 @@ def _fit(config: Config, model: Model, mesh: Mesh, tokenizer: Tokenizer, params:
     def step(params: Params, opt_state: Any, *batch: Array) -> Any:
         tokens, valid, mask = (constrain(x, "rows", None) for x in batch)
         gradients = jax.grad(
-            lambda p: supervised_loss(model, p, tokens, valid, mask, warm_start.mtp_weight)
+            lambda p: supervised_loss(setup.model, p, tokens, valid, mask, warm_start.mtp_weight)
         )(params)
         updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
