@@ -1,4 +1,4 @@
-"""What stands for a user's mistake, and for a library's words about it: always one line."""
+"""The error for a user's mistake, and a library's message as one line."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, after a power cut as well."""
+"""Files that a reader sees whole or not at all, even after a power cut, and JSON lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Row = dict[str, Any]
 
 
 def json_text(value: Any) -> str:
-    """What `write_json` writes."""
+    """Returns the text that `write_json` writes."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`replace_text` with JSON."""
+    """Writes JSON as `replace_text` does."""
     replace_text(path, json_text(value))
 
 

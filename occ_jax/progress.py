@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+"""Progress of long work: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Where a run reports to; `quiet` says nothing (tests, comparisons of many runs)."""
+    """Reports to standard error; `quiet` reports nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._console = Console(stderr=True)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Prints one line."""
         if not self._quiet:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def steps(self, title: str, total: int, done: int) -> Generator[Step]:
-        """Shows progress over `total` steps of which `done` are already there."""
+        """Shows progress over `total` steps of which `done` are done already."""
         if self._quiet:
             yield Step(None, "", total, self)
         elif sys.stderr.isatty():

@@ -29,7 +29,7 @@ from occ_jax.rewards.scoring import open_pool
 
 @dataclass(frozen=True)
 class Setup:
-    """What training and evaluation share; `open_setup` makes one."""
+    """The fixed surroundings of training and evaluation; `open_setup` makes one."""
 
     config: Config
     mesh: Mesh

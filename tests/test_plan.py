@@ -345,7 +345,7 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
     [
         (
             ("--devices", "4"),
-            "the mesh (data=1, fsdp=1, tensor=1, expert=1) has 1 places, 4 virtual",
+            "the mesh (data=1, fsdp=1, tensor=1, expert=1) needs 1 devices, 4 virtual",
         ),
         (("--devices", "99"), "--devices is 99; this process has started with 8"),
         (("--memory", "16"), "--memory goes with --devices"),
@@ -354,9 +354,9 @@ def test_the_command_tries_slices_until_one_fits(tmp_path, capsys, monkeypatch):
         (("--topology", "v5e:4x4"), "--topology v5e:4x4 needs the compiler for TPUs"),
         (
             ("--devices", "1", "--only", "updates"),
-            "there is no program 'updates'; this run has rollout, mini-batches, update, evaluation",
+            "this run has no program 'updates'; it has rollout, mini-batches, update, evaluation",
         ),
-        ((), "the mesh has 1 places; name a slice of as many with --topology"),
+        ((), "the mesh needs 1 devices; name a slice of as many with --topology"),
         (("--devices", "2", "--topology", "v5e:4x4"), "not allowed with argument"),
     ],
 )

@@ -1,6 +1,6 @@
-"""What each command does, once its arguments are understood.
+"""The commands, one function each, called with a checked config and parsed options.
 
-Imports are the functions' own: no command waits for what another needs.
+Each function imports what it needs: no command waits for the imports of another.
 """
 
 from __future__ import annotations
@@ -98,16 +98,16 @@ def run_generate(config: Config, options: argparse.Namespace) -> None:
 
 
 def run_plan(config: Config, options: argparse.Namespace) -> int:
-    """Prints what each program needs of a machine; returns 1 where it does not fit."""
+    """Prints the memory that each program of a run needs; returns 1 if it does not fit."""
     import json
 
     import jax
 
-    # With libtpu installed JAX would look for a TPU of this machine's.
+    # JAX would look for a TPU of this machine if libtpu is installed.
     jax.config.update("jax_platforms", "cpu")
     from occ_jax.planning.machines import slices, topology, virtual
-    from occ_jax.planning.plan import least, places, plan
-    from occ_jax.planning.report import enough, render, to_json, verdict
+    from occ_jax.planning.plan import minimum_bytes, num_devices, plan
+    from occ_jax.planning.report import has_memory, render, to_json, verdict
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -119,19 +119,22 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
     elif options.topology is not None:
         machines = [topology(options.topology)]
     else:
-        machines = [topology(name) for name in slices(places(config))]
-        # What cannot fit is not worth the minutes of its compilation; the largest always is.
-        machines = [m for m in machines[:-1] if enough(m, least(config, m), say)] + machines[-1:]
+        machines = [topology(name) for name in slices(num_devices(config))]
+        # A slice that state and gradients alone exceed is not worth minutes of compilation; the
+        # largest is compiled always, for its report.
+        machines = [
+            m for m in machines[:-1] if has_memory(m, minimum_bytes(config, m), say)
+        ] + machines[-1:]
     *others, last = machines
     for machine in others:
-        found = plan(config, machine, say, options.only)
-        if found.fits:
+        result = plan(config, machine, say, options.only)
+        if result.fits:
             break
-        say(f"{machine.name}: {verdict(found)}")
+        say(f"{machine.name}: {verdict(result)}")
     else:
-        found = plan(config, last, say, options.only)
-    print(json.dumps(to_json(found)) if options.json else render(found))
-    return 0 if found.fits else 1
+        result = plan(config, last, say, options.only)
+    print(json.dumps(to_json(result)) if options.json else render(result))
+    return 0 if result.fits else 1
 
 
 def run_prepare(options: argparse.Namespace) -> None:
@@ -145,10 +148,10 @@ def run_prepare(options: argparse.Namespace) -> None:
         raise UserError("your own data needs both --prompt-column and --answer-column")
     own = Layout(*columns, options.id_column) if described else None
     kind = KINDS[options.answers if options.answers else "text"]
-    found = find_set(options.name, own, kind, distinct=options.distinct)
+    problem_set = find_set(options.name, own, kind, distinct=options.distinct)
     target, summary = prepare(
         options.name,
-        found,
+        problem_set,
         options.source,
         options.data_directory,
         allow_row_count=options.allow_row_count,

@@ -1,4 +1,4 @@
-"""Between a Hugging Face directory and an orbax checkpoint, MTP modules included, both ways."""
+"""Conversion between a Hugging Face directory and an orbax checkpoint, MTP modules included."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = "model.json"  # beside converted parameters: what they are of
 def convert(
     source: Path, target: Path, *, dtype: StoredDType = "source", layout: Path | None = None
 ) -> str:
-    """Converts in the direction that `source` says.
+    """Converts a Hugging Face directory to an orbax checkpoint, or a checkpoint to one.
 
     Args:
         source: a Hugging Face directory, a run directory or one of its checkpoints, or what this
@@ -40,7 +40,7 @@ def convert(
         One line about what was done.
 
     Raises:
-        UserError: neither of the two, damaged, `target` is there already, the model came from no
+        UserError: `source` is none of these or damaged, `target` exists, the model came from no
             Hugging Face directory, or `layout` is of another model.
     """
     if is_pretrained(source):

@@ -1,4 +1,4 @@
-"""`run.py evaluate` and `run.py compare-evaluations`, after the arguments are understood."""
+"""The commands evaluate and compare-evaluations, after their arguments are parsed."""
 
 from __future__ import annotations
 
@@ -88,19 +88,28 @@ def run_evaluation(
 
 
 def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> None:
-    """Compares two evaluations and prints the table; also into `output`, where there is one.
+    """Compares two evaluations and prints the table; with `output` also into that directory.
 
     Raises:
         UserError: one is missing or unfinished, or they are of different questions.
     """
-    found = tables.compare_evaluations(tables.read_evaluation(a), tables.read_evaluation(b), ks)
+    comparison = tables.compare_evaluations(
+        tables.read_evaluation(a), tables.read_evaluation(b), ks
+    )
     note = tables.COMPARISON_NOTE
-    for name, settings in found["settings"].items():
+    for name, settings in comparison["settings"].items():
         listed = ", ".join(
             f"{key} {ours!r} / {theirs!r}" for key, (ours, theirs) in settings.items()
         )
         note += f"\n\nThe evaluations on {name} differ in their settings: {listed}."
-    _write(output, "comparison", found, tables.comparison_cells(found), f"# A {a}, B {b}", note)
+    _write(
+        output,
+        "comparison",
+        comparison,
+        tables.comparison_cells(comparison),
+        f"# A {a}, B {b}",
+        note,
+    )
 
 
 def _write(

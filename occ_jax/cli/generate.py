@@ -46,16 +46,16 @@ def generate(
     """
     if prompts is None:
         sets = evaluation_prompts(config, tokenizer, 5)
-        asked = [prompt for found in sets.values() for prompt in found][:5]
+        chosen = [prompt for of_set in sets.values() for prompt in of_set][:5]
     elif not all(prompts):
         raise UserError("a prompt is empty; give at least one character")
     else:
-        asked = [
+        chosen = [
             make_prompt(config, tokenizer, Example(text, answer="", source="", id=""))
             for text in prompts
         ]
-    width = max(len(prompt.tokens) for prompt in asked)
-    rows = [prompt.tokens for prompt in asked]
+    width = max(len(prompt.tokens) for prompt in chosen)
+    rows = [prompt.tokens for prompt in chosen]
     tokens, valid = pad(rows, width, tokenizer.pad_id, left=True)
     programs = make_programs(config, mesh, tokenizer.eos_ids, tokenizer.pad_id)
     key = jax.random.key(config.run.seed)
@@ -65,5 +65,5 @@ def generate(
     completions = np.asarray(rollout.tokens)[:, tokens.shape[1] :].tolist()
     return [
         (prompt_text(config, prompt.example), decode_completion(tokenizer, row))
-        for prompt, row in zip(asked, completions, strict=True)
+        for prompt, row in zip(chosen, completions, strict=True)
     ]

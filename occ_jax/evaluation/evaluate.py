@@ -171,7 +171,7 @@ def set_key(config: Config, mesh: Mesh, name: str, key: Key[Array, ""]) -> Key[A
 def exact_objective(setup: Setup, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
     """Computes π(right completion | prompt) of every prompt of a digit task, by teacher forcing.
 
-    Where exactly one completion is right this *is* the expected reward at temperature 1, without
+    If exactly one completion is right, this *is* the expected reward at temperature 1, without
     sampling noise. All processes pass the same prompts.
 
     Returns:
@@ -198,8 +198,8 @@ class Call(NamedTuple):
 def call_of(config: Config, num_samples: int) -> Call:
     """Takes about as many rows as a rollout samples at once, divisible over the mesh.
 
-    Where there are fewer questions than the mesh has places for rows, copies of them fill the
-    places. Answers are the same however many copies there are.
+    If rows lie on more devices than there are questions, copies of the questions fill the devices.
+    The answers do not depend on the number of copies.
     """
     options, shards = config.rollout, config.mesh.row_shards
     rows_at_once = options.num_prompts * options.group_size // options.sampling_chunks

@@ -1,1 +1,1 @@
-"""Whether a run fits a machine that is not there: its programs compiled, never run."""
+"""Plans: the programs of a run compiled ahead of time for a machine, to see whether they fit it."""

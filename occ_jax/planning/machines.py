@@ -1,6 +1,6 @@
 """Machines to compile for: TPU slices by name, or virtual devices of the CPU's compiler.
 
-Owns how much memory a device has; nothing here needs a TPU or allocates an array.
+Owns the memory of each kind of device; nothing here needs a TPU or allocates an array.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Machine(NamedTuple):
 
     name: str
     devices: tuple[Any, ...]
-    memory: int | None  # bytes of one device; None where nobody knows
+    memory: int | None  # bytes of one device; None if unknown
 
 
 def topology(name: str) -> Machine:
-    """A TPU slice that need not exist, such as v5e:4x4 or v5p:4x4x8.
+    """Returns a TPU slice such as v5e:4x4 or v5p:4x4x8; no TPU is needed.
 
     Raises:
         UserError: libtpu is not installed or knows no such slice.
@@ -66,17 +66,19 @@ def topology(name: str) -> Machine:
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except RuntimeError as error:
-        said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(f"--topology {name}: {said} (such as v5e:4x4, v5p:4x4x8)") from error
+        message = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--topology {name}: {message} (such as v5e:4x4, v5p:4x4x8)") from error
     kind = devices[0].device_kind
     if kind not in HBM_GIB:
         known = ", ".join(HBM_GIB)
-        raise UserError(f"--topology {name}: the memory of a {kind} is not known, of {known} it is")
+        raise UserError(
+            f"--topology {name}: the memory of a {kind} is not known, only that of {known}"
+        )
     return Machine(name, tuple(devices), int(HBM_GIB[kind] * GIB))
 
 
 def virtual(count: int, memory_gib: float | None) -> Machine:
-    """`count` devices of the CPU's compiler, each with as much memory as is said.
+    """Returns `count` devices of the CPU's compiler, each with the given memory.
 
     Raises:
         UserError: this process has started with fewer.
@@ -91,16 +93,16 @@ def virtual(count: int, memory_gib: float | None) -> Machine:
     return Machine(f"{count} virtual devices", tuple(devices[:count]), memory)
 
 
-def slices(places: int) -> tuple[str, ...]:
-    """Slices with as many devices as a mesh has places, least memory first.
+def slices(count: int) -> tuple[str, ...]:
+    """Returns the names of slices with `count` devices, those with least memory first.
 
     Raises:
         UserError: there is none.
     """
-    if places not in _SLICES:
+    if count not in _SLICES:
         counts = ", ".join(map(str, _SLICES))
         raise UserError(
-            f"the mesh has {places} places; name a slice of as many with --topology, or set "
-            f"--mesh.* so that they are one of {counts}"
+            f"the mesh needs {count} devices; name a slice of as many with --topology, or set "
+            f"--mesh.* so that the number is one of {counts}"
         )
-    return _SLICES[places]
+    return _SLICES[count]

@@ -1,10 +1,10 @@
-"""Whether an experiment fits a machine that is not there: compiled ahead of time, never run.
+"""Plans of a run on a given machine: its programs compiled ahead of time, never run.
 
 The programs of a run (rollout, mini-batches with their old log-probabilities, updates, evaluation)
-are lowered with the config's real shapes and shardings and compiled by the compiler of the machine
-in question: libtpu knows every TPU slice by name, and the CPU's compiler stands in for others. What
-is resident beside a program, such as Adam's moments while the policy samples, is added to what the
-program itself needs; no compiler knows of it.
+are lowered with the config's real shapes and shardings and compiled by the machine's compiler:
+libtpu knows every TPU slice by name, and the CPU's compiler stands in for others. Arrays that stay
+in memory beside a program, such as Adam's moments while the policy samples, are added to what the
+program itself needs; no compiler knows of them.
 
 Operations are those of the traced program's matrix products (`flops`), spread evenly over the
 devices; bytes between devices are read from the compiled text (`hlo`).
@@ -42,10 +42,10 @@ _ENDS = ((0,), 0)  # of a response, and its filler: the tokenizer's; no program 
 
 
 class Program(NamedTuple):
-    """What one compiled program needs of one device; bytes unless it says otherwise."""
+    """The needs of one compiled program on one device; bytes unless it says otherwise."""
 
     name: str
-    resident: int  # lies there meanwhile and is no argument of the program
+    resident: int  # in memory meanwhile, but no argument of the program
     arguments: int
     outputs: int  # those that take no argument's place
     temporaries: int  # the compiled code included
@@ -53,7 +53,7 @@ class Program(NamedTuple):
     collectives: dict[str, int]  # by kind
     largest: list[tuple[int, str]]  # of the arrays it makes
     seconds: float  # of compilation
-    refused: str  # what the compiler said that found no room for it, else ""
+    refused: str  # the compiler's message if it found no room, else ""
 
     @property
     def total(self) -> int:
@@ -62,12 +62,12 @@ class Program(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a training run needs of one device; bytes unless it says otherwise."""
+    """The needs of a run on one device; bytes unless it says otherwise."""
 
     machine: str
     kind: str  # JAX's name of a device
     mesh: dict[str, int]
-    memory: int | None  # what there is
+    memory: int | None  # of the device; None if unknown
     parameters: int
     optimizer: int
     gradients: int  # within the temporaries of an update: sums over micro-batches
@@ -76,13 +76,13 @@ class Plan(NamedTuple):
 
     @property
     def over(self) -> int:
-        """Bytes that the largest program exceeds the memory by; 0 if that is not known."""
+        """Bytes by which the largest program exceeds the memory; 0 if the memory is unknown."""
         largest = max(program.total for program in self.programs)
         return 0 if self.memory is None else max(0, largest - self.memory)
 
     @property
     def fits(self) -> bool:
-        """Whether every program does, as far as is known."""
+        """Whether every program fits, as far as is known."""
         return self.over == 0 and not any(program.refused for program in self.programs)
 
 
@@ -95,21 +95,21 @@ def plan(
     """Compiles every program of a run.
 
     Args:
-        config: the experiment; its mesh has a place for every device.
+        config: the experiment; its mesh uses every device.
         machine: what to compile for.
-        say: is told what is being compiled.
-        only: names of the programs to compile, none for all of them.
+        say: is called with a line about each program.
+        only: names of the programs to compile; empty for all.
 
     Raises:
-        UserError: the mesh has more or fewer places than there are devices, the hosts do not divide
-            the prompts, or the run has no program of a name.
+        UserError: the mesh and the machine differ in their number of devices, the hosts do not
+            divide the prompts, or the run has no program of a name.
     """
     count = len(machine.devices)
-    if places(config) != count:
+    if num_devices(config) != count:
         shape = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config.mesh).items())
         raise UserError(
-            f"the mesh ({shape}) has {places(config)} places, {machine.name} has {count} devices; "
-            "set --mesh.* so that they are as many"
+            f"the mesh ({shape}) needs {num_devices(config)} devices, {machine.name} has {count}; "
+            "set --mesh.* so that the numbers are equal"
         )
     hosts = len({device.process_index for device in machine.devices})
     if config.rollout.num_prompts % hosts != 0:
@@ -123,7 +123,7 @@ def plan(
     names = [call.name for call in calls]
     for name in only:
         if name not in names:
-            raise UserError(f"there is no program {name!r}; this run has {', '.join(names)}")
+            raise UserError(f"this run has no program {name!r}; it has {', '.join(names)}")
     programs: list[Program] = []
     for call in calls:
         if not only or call.name in only:
@@ -147,8 +147,8 @@ def plan(
     )
 
 
-def least(config: Config, machine: Machine) -> int:
-    """Bytes of a device that an update takes whatever its activations: state and gradients."""
+def minimum_bytes(config: Config, machine: Machine) -> int:
+    """Returns the bytes of one device for state and gradients, without activations."""
     step = _step(config, make_mesh(config.mesh, machine.devices))
     return per_device(step.state) + _gradients(step)
 
@@ -161,8 +161,8 @@ def per_device(tree: Any) -> int:
     )
 
 
-def places(config: Config) -> int:
-    """Devices that a config's mesh takes."""
+def num_devices(config: Config) -> int:
+    """Returns the number of devices of a config's mesh."""
     return math.prod(dataclasses.asdict(config.mesh).values())
 
 
@@ -316,18 +316,18 @@ def _temporaries(stats: Any, platform: str) -> int:
 
 
 def wanted(refused: str) -> int:
-    """Bytes that a program needs, out of the compiler's refusal; 0 if that names none.
+    """Returns the bytes that a refused program needs, read from the message; 0 if it names none.
 
-    What it calls temporaries are the arguments and outputs too.
+    The message counts arguments and outputs among its temporaries.
     """
-    found = re.search(r"(?:temporaries \(|Used )(\d+(?:\.\d+)?)([KMGT])", refused)
-    if found is None:
+    size = re.search(r"(?:temporaries \(|Used )(\d+(?:\.\d+)?)([KMGT])", refused)
+    if size is None:
         return 0
-    return int(float(found.group(1)) * 2 ** (10 * (1 + "KMGT".index(found.group(2)))))
+    return int(float(size.group(1)) * 2 ** (10 * (1 + "KMGT".index(size.group(2)))))
 
 
 def _gradients(step: _Step) -> int:
-    """Sums of g, of every h_k where they are apart, and of the modules' own, in float32."""
+    """Sums of g, of every h_k that is kept separate, and of the modules' gradients, in float32."""
     config = step.programs.config
     trunk, mtp = (per_device(_float32(step.state.params[part])) for part in ("trunk", "mtp"))
     separate = config.model.num_mtp_modules if apart(config, measure=True) else 0

@@ -1,4 +1,4 @@
-"""A plan for readers: as a table whose last line is the verdict, and as JSON."""
+"""A plan as text, whose last line is the verdict, and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def render(plan: Plan) -> str:
-    """The plan as tables, its last line the verdict."""
+    """Returns the plan as tables; the last line is the verdict."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1"
     memory = "" if plan.memory is None else f" of {_size(plan.memory)}"
     return "\n".join(
@@ -40,7 +40,7 @@ def render(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and if not, what is over by how much."""
+    """Says whether the run fits, and if not, which programs exceed the memory by how much."""
     if plan.fits:
         largest = max(plan.programs, key=lambda program: program.total)
         room = (
@@ -49,27 +49,27 @@ def verdict(plan: Plan) -> str:
             else f"{_size(plan.memory - largest.total)} to spare"
         )
         return f"fits: {largest.name} takes most, {_size(largest.total)} a device, {room}"
-    said: list[str] = []
+    parts: list[str] = []
     for program in plan.programs:
         over = 0 if plan.memory is None else program.total - plan.memory
         if over > 0:
-            said.append(f"{program.name} is over by {_size(over)} a device")
+            parts.append(f"{program.name} is over by {_size(over)} a device")
         elif program.refused:
-            said.append(f"{program.name} is refused: {program.refused}")
-    return "does not fit: " + "; ".join(said)
+            parts.append(f"{program.name} is refused: {program.refused}")
+    return "does not fit: " + "; ".join(parts)
 
 
-def enough(machine: Machine, least: int, say: Callable[[str], None]) -> bool:
-    """Whether a machine's devices have room for `least` bytes; says so if not."""
-    if machine.memory is None or least <= machine.memory:
+def has_memory(machine: Machine, needed: int, say: Callable[[str], None]) -> bool:
+    """Tells whether a device of a machine has `needed` bytes; calls `say` if not."""
+    if machine.memory is None or needed <= machine.memory:
         return True
-    said = f"does not fit: state and gradients alone take {_size(least)} a device"
-    say(f"{machine.name}: {said} of {_size(machine.memory)}")
+    needs = f"state and gradients alone take {_size(needed)} a device"
+    say(f"{machine.name}: does not fit: {needs} of {_size(machine.memory)}")
     return False
 
 
 def _parts(plan: Plan) -> list[tuple[str, ...]]:
-    """What lasts, and the largest things that programs keep among their temporaries."""
+    """Arrays that last, and the largest that programs keep among their temporaries."""
     return [
         ("a device", "parameters", "optimizer", "gradients", "KV cache"),
         ("bytes", *map(_size, (plan.parameters, plan.optimizer, plan.gradients, plan.kv_cache))),

@@ -1,4 +1,4 @@
-"""Sampling completions with a KV cache, log-probabilities kept.
+"""Sampling of completions with a KV cache, with their log-probabilities.
 
 One jitted call takes prompts to a `Rollout`: a prefill over the distinct prompts, their caches
 repeated G times, then one trunk pass over a single column a token until every row has ended. The
@@ -44,7 +44,7 @@ class _Carry(NamedTuple):
 def on_sampling_mesh(
     config: Config, mesh: Mesh, function: Callable[Concatenate[Params, _Arguments], _Result]
 ) -> Callable[Concatenate[Params, _Arguments], _Result]:
-    """`function`, to be jitted, which samples: its weights are gathered as `config` says."""
+    """Prepares a sampling function for jit: `rollout.gather_weights` decides how weights lie."""
     if config.rollout.gather_weights:
         return gathering_once(mesh, config.model.dtype, function)
     return on_mesh(mesh, function)
@@ -59,10 +59,10 @@ def sample_in_chunks(
     key: Key[Array, ""],
     **options: Any,
 ) -> Rollout:
-    """`sample`, so many prompts after the other that there is room for their caches.
+    """Samples the prompts in `chunks` parts one after the other, so that one part's cache fits.
 
-    Part i of the prompts gets the completions that a call for it alone would give with the key
-    `jax.random.fold_in(key, i)`; in one part all is as in `sample`.
+    Part i of the prompts gets the completions that a call of `sample` for it alone would give with
+    the key `jax.random.fold_in(key, i)`; one part is a plain call of `sample`.
     """
     if chunks == 1:
         return sample(model, params, prompts, prompt_valid, key, **options)

@@ -28,13 +28,12 @@ def check_charts(config: Config) -> None:
     """Refuses what `open_charts` could not do.
 
     Raises:
-        UserError: the package is not there, the project's name cannot be one, or WANDB_MODE is none
-            of its modes.
+        UserError: the package is not installed, the project's name or WANDB_MODE is not allowed.
     """
     if not config.run.wandb_project:
         return
     try:
-        # Of "wandb" alone a directory of that name, which wandb itself makes, is a package.
+        # A directory named wandb, which wandb itself makes, would import as "wandb".
         importlib.import_module("wandb.errors")
     except ImportError as error:
         raise UserError(
@@ -57,8 +56,8 @@ def open_charts(config: Config, say: Callable[[str], None]) -> Charts | None:
     dropped by the server, which has them already.
 
     Args:
-        config: the run's directory must be there.
-        say: receives one line about where the charts are, for people.
+        config: the run's directory must exist.
+        say: receives one line that tells people where the charts are.
     """
     if not config.run.wandb_project:
         return None
@@ -132,7 +131,7 @@ def _mode() -> str:
 
 
 def _run_id(directory: RunDirectory) -> str:
-    """The id in wandb.json; made up where there is none."""
+    """The id in wandb.json; a new one is written if there is no file."""
     path = directory.chart_id
     try:
         return str(json.loads(path.read_text())["id"])

@@ -1,4 +1,4 @@
-"""Every regime from one starting policy, over the same seeds."""
+"""Comparison of all regimes from one starting policy, over the same seeds."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from occ_jax.training.run_directory import RunDirectory
 
 
 def variants(config: Config, *, exact: bool = False) -> dict[str, Config]:
-    """The compared configs by name; all but regime and estimator is as `config` has it.
+    """Returns the compared configs by name; they differ in regime and estimator alone.
 
-    `occ/cross_batch` needs micro-batches: where the config has one, it gets 4, or 2 where a
-    mini-batch's prompts do not divide by 4.
+    `occ/cross_batch` needs micro-batches: a config with one gets 4, or 2 if a mini-batch's prompts
+    do not divide by 4.
     """
-    found: dict[str, Config] = {}
+    configs: dict[str, Config] = {}
     for regime in ("detach", "ce", "policy"):
         mtp = dataclasses.replace(config.mtp, regime=regime, measure_every=1)
-        found[regime] = dataclasses.replace(config, mtp=mtp)
+        configs[regime] = dataclasses.replace(config, mtp=mtp)
     for estimator in ("log_prob", "cross_batch", *(("exact",) if exact else ())):
         mtp: MTPConfig = dataclasses.replace(config.mtp, regime="occ", estimator=estimator)
         algorithm = config.algorithm
         if estimator == "cross_batch" and algorithm.micro_batches == 1:
             algorithm = _with_micro_batches(config)
-        found[f"occ/{estimator}"] = dataclasses.replace(config, mtp=mtp, algorithm=algorithm)
-    return found
+        configs[f"occ/{estimator}"] = dataclasses.replace(config, mtp=mtp, algorithm=algorithm)
+    return configs
 
 
 def compare(config: Config, *, seeds: int, exact: bool, progress: Progress) -> str:
@@ -43,7 +43,7 @@ def compare(config: Config, *, seeds: int, exact: bool, progress: Progress) -> s
         config: the common experiment; `run.seed` is the first seed.
         seeds: runs a variant.
         exact: also `occ/exact`.
-        progress: shows what goes on.
+        progress: shows how far it is.
 
     Returns:
         The table, Markdown, and where the figures are.
@@ -55,7 +55,7 @@ def compare(config: Config, *, seeds: int, exact: bool, progress: Progress) -> s
     compared = variants(config, exact=exact)
     runs: dict[str, list[list[Row]]] = {name: [] for name in compared}
     total, done = len(compared) * seeds, 0
-    # Seeds outside, variants inside: what is there after an interruption is already comparable.
+    # Seeds outside, variants inside: runs that an interruption leaves are already comparable.
     for seed in range(config.run.seed, config.run.seed + seeds):
         for name, variant in compared.items():
             done += 1

@@ -1,7 +1,7 @@
 """One step's experience: prompts -> completions -> rewards -> groups kept -> mini-batches.
 
 The host side of a step. Rewards are computed here because verifiers are host programs in general;
-everything before and after them stays on device. Of several processes each samples and judges its
+everything before and after them stays on device. Each of several processes samples and judges its
 block of the prompts (`occ_jax.parallel.exchange`); scores and lengths of all are gathered, so all
 keep the same groups and log the same figures.
 """
@@ -125,8 +125,8 @@ def _sample_group(
     config, mesh, tokenizer = setup.config, setup.mesh, setup.tokenizer
     padded = (put_process_rows(mesh, x) for x in pad_prompts(config, tokenizer, prompts))
     rollout = setup.programs.sample(params, *padded, key)
-    # The rollout is under way, behind the updates that make `params`: waiting for these costs
-    # nothing and tells the two apart.
+    # The rollout is queued behind the updates that make `params`: waiting for these costs nothing
+    # and separates their time from the rollout's.
     jax.block_until_ready(params)
     started = time.monotonic()
     size = config.rollout.group_size

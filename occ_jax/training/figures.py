@@ -1,4 +1,4 @@
-"""What a person looks at after a run: figures, the comparison table, the closing lines.
+"""Figures, the comparison table and the closing lines, for people to look at after a run.
 
 Owns every figure and every printed result. Reads rows of metrics.jsonl alone, so all of it can be
 made again from a run directory; what a row holds is `occ_jax.training.loop`'s business. A run that
@@ -46,6 +46,8 @@ _INK, _LIGHT = "#333333", "#bbbbbb"
 _OBJECTIVE, _ACCURACY, _AGREEMENT = "val/objective", "val/accuracy", "val/agreement_{}"
 _COEFFICIENT, _CORRELATION = "occ/coefficient_{}", "occ/correlation_{}"
 _WINDOW = 5  # rollouts in a running median
+_MOST_DECADES = 1e6  # a logarithmic axis spans at most this ratio
+_SYMLOG_ABOVE = 30.0  # largest over typical value from which on a signed axis is symlog
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -63,10 +65,10 @@ def write_figures(runs: Runs, directory: Path) -> list[Path]:
 
     Args:
         runs: rows by variant and seed; a single run is one variant with one seed.
-        directory: is made if it is not there.
+        directory: made if it does not exist.
 
     Returns:
-        What was written. A figure that no variant has data for is not.
+        The files written. A figure that no variant has data for is left out.
     """
     figures = {
         "accuracy": _accuracy_figure(runs),
@@ -137,8 +139,8 @@ def _modules(seeds: Sequence[Rows], name: str) -> list[str]:
 
 
 def _values(lines: Sequence[_Line], *, zeros: bool = True) -> np.ndarray:
-    found = [y for line in lines for curve in line.curves for y in curve.values()]
-    return np.array([y for y in found if zeros or y != 0], float)
+    values = [y for line in lines for curve in line.curves for y in curve.values()]
+    return np.array([y for y in values if zeros or y != 0], float)
 
 
 def _lines(runs: Runs, name: str, curve: Callable[[Rows, str], Curve] = _by_step) -> list[_Line]:
@@ -223,7 +225,7 @@ def _share_figure(title: str, note: str, panels: dict[str, list[_Line]], y: str)
 
 
 def _spread(runs: Runs) -> str:
-    """What line and band are."""
+    """The part of a note that explains lines and bands."""
     counts = sorted({len(seeds) for seeds in runs.values()})
     if counts == [1]:
         return "One seed. "
@@ -259,7 +261,7 @@ def _coefficient_figure(runs: Runs) -> Figure | None:
     lines = _lines(calibrated, _COEFFICIENT, _by_update)
     if not lines:
         return None
-    # Where the gradients vanish c / v² can be anything; one such update must not hide the others.
+    # c / v² can be anything once gradients vanish; one such update must not hide the others.
     values = _values(lines)
     low, high = np.percentile(values, [1, 99])
     cut = np.ptp(values) > 4 * (high - low) > 0
@@ -282,9 +284,9 @@ def _correlation_figure(runs: Runs) -> Figure | None:
         ("gradients", "squared norm"): ("occ/exact", "occ/cross_batch"),
     }
     columns = {
-        unit: found
+        unit: measured
         for unit, members in units.items()
-        if _lines(found := {n: runs[n] for n in runs if n in members}, _CORRELATION, _smoothed)
+        if _lines(measured := {n: runs[n] for n in runs if n in members}, _CORRELATION, _smoothed)
     }
     if not columns:
         return None
@@ -294,18 +296,18 @@ def _correlation_figure(runs: Runs) -> Figure | None:
     )
     if "occ/log_prob" in runs:
         note += " Log-probabilities measure 0 in the first update after a rollout."
-    listed = [line for found in columns.values() for line in _lines(found, _CORRELATION)]
+    listed = [line for measured in columns.values() for line in _lines(measured, _CORRELATION)]
     title = "What λ is made of: correlation c and penalty v²"
     figure, axes = _page(title, note, listed, (2, len(columns)) if len(columns) > 1 else (1, 2))
     panels = [axis for row in axes for axis in row]
     for i, (symbol, name) in enumerate((("c", _CORRELATION), ("v²", "occ/penalty_{}_{}"))):
-        for j, ((source, unit), found) in enumerate(columns.items()):
+        for j, ((source, unit), measured) in enumerate(columns.items()):
             axis = panels[i * len(columns) + j]
-            for line in _lines(found, name, _by_update):
+            for line in _lines(measured, name, _by_update):
                 for curve in line.curves:
                     alpha = min(0.4, 150 / (len(line.curves) * max(1, len(curve))))
                     axis.scatter([*curve], [*curve.values()], 4, line.color, alpha=alpha, lw=0)
-            lines = _lines(found, name, _smoothed)
+            lines = _lines(measured, name, _smoothed)
             _draw(axis, lines, 1.0, "update", f"{symbol} ({unit})", f"{symbol} from {source}")
             _scale(axis, lines, signed=name == _CORRELATION)
     return figure
@@ -319,17 +321,17 @@ def _scale(axis: Axes, lines: Sequence[_Line], *, signed: bool) -> None:
     ]
     if not medians:
         return
-    most, typical = np.abs(values).max(), min(medians)
+    largest, typical = np.abs(values).max(), min(medians)
     if not signed:
         axis.set_yscale("log")
-        least = np.abs(_values(lines, zeros=False)).min()
-        axis.set_ylim(max(least / 3, most / 1e6), most * 3)
+        smallest = np.abs(_values(lines, zeros=False)).min()
+        axis.set_ylim(max(smallest / 3, largest / _MOST_DECADES), largest * 3)
         return
     axis.axhline(0, color=_INK, lw=0.8)
-    if most > 30 * typical:
+    if largest > _SYMLOG_ABOVE * typical:
         axis.set_yscale("symlog", linthresh=10.0 ** round(math.log10(typical)))
         axis.set_ylabel(f"{axis.get_ylabel()}, symlog")
-    axis.set_ylim(min(values.min(), 0) - 0.3 * most, max(values.max(), 0) + 0.3 * most)
+    axis.set_ylim(min(values.min(), 0) - 0.3 * largest, max(values.max(), 0) + 0.3 * largest)
 
 
 def comparison(runs: Runs) -> list[dict[str, Any]]:
@@ -446,8 +448,8 @@ def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def _seconds(rows: Rows) -> float | None:
     """Median seconds a step; the first step compiles, so it is no measure of the others."""
-    found = [row["timing_s/step"] for row in rows if row["step"] > 1 and "timing_s/step" in row]
-    return float(np.median(found)) if found else None
+    seconds = [row["timing_s/step"] for row in rows if row["step"] > 1 and "timing_s/step" in row]
+    return float(np.median(seconds)) if seconds else None
 
 
 def _percent(mean: float | None, half_width: float | None = None, *, sign: str = "") -> str:

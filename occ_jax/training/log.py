@@ -1,7 +1,7 @@
-"""What a run writes while it goes: metrics.jsonl, samples.jsonl, TensorBoard events, charts.
+"""The log of a run: metrics.jsonl, samples.jsonl, TensorBoard events and charts.
 
 One line of metrics.jsonl is one step, in order, no step twice: a run that resumes from step s drops
-what it had written beyond s. Lines of steps up to a checkpoint are on disk before it is.
+the lines that it had written beyond s. Lines up to a checkpoint are on disk before the checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What broke the run is said, not what follows from it.
+        # The error that broke the run is raised, not one that follows from it.
         with suppress(UserError) if kind is not None else nullcontext():
             self.close()
 

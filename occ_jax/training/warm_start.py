@@ -1,7 +1,7 @@
 """The starting policy: a checkpoint's, or random parameters, after a supervised warm-up if any.
 
 The warm-up is short: next-token cross-entropy plus the modules' cross-entropy, both on tokens of
-right completions only. A finished one is kept on disk and found again by what determines it (model,
+right completions only. A finished one is kept on disk under a digest of what determines it (model,
 task, warm-up), so regimes and seeds start from the same parameters.
 """
 
@@ -72,7 +72,7 @@ def starting_params(setup: Setup, report: Callable[[str], None] = lambda _: None
 
 
 def cache_path(config: Config) -> Path:
-    """Where the finished warm-up is kept; its name is a digest of all that determines it."""
+    """Returns the directory of a finished warm-up, named by a digest of all that determines it."""
     warm_start = dataclasses.replace(config.warm_start, cache_directory="")
     determines = [dataclasses.asdict(x) for x in (config.model, config.task, warm_start)]
     digest = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:16]
@@ -86,7 +86,7 @@ def _keep(directory: Path, params: Params) -> None:
     try:
         save_params(own, params)
     except UserError:
-        shutil.rmtree(own, ignore_errors=True)  # where a disk is full there is no room for it
+        shutil.rmtree(own, ignore_errors=True)  # a full disk has no room for it
         raise
 
     def rename() -> None:
