@@ -59,7 +59,6 @@ REGIMES: dict[str, tuple[str, ...]] = {
     "policy": ("--mtp.regime", "policy"),
     "occ/exact": ("--mtp.regime", "occ", "--mtp.estimator", "exact"),
     "occ/cross_batch": ("--mtp.regime", "occ", "--mtp.estimator", "cross_batch"),
-    "occ/released": ("--mtp.regime", "occ", "--mtp.estimator", "released"),
 }
 PROGRAMS = ("update", "rollout", "mini-batches", "evaluation")
 

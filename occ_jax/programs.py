@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from occ_jax.config import Config, computation
 from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import on_mesh, replicated, row_shardings, rows
-from occ_jax.rl.batches import replace_rows, scores_modules, split_rollout
+from occ_jax.rl.batches import replace_rows, split_rollout
+from occ_jax.rl.regime import active_estimator, scores_modules
 from occ_jax.rl.train_step import Metrics, abstract_state, train_step
 from occ_jax.rollout.measures import agreement_counts, completion_probability
 from occ_jax.rollout.sampler import on_sampling_mesh, sample, sample_in_chunks
@@ -168,7 +169,7 @@ class Programs:
         yield "rollout", self.sample
         yield "mini-batches", self.split
         yield "update", self.update
-        if self.config.mtp.regime == "occ" and self.config.mtp.measure_every > 1:
+        if active_estimator(self.config) is not None and self.config.mtp.measure_every > 1:
             yield "update between", self.update_between
 
     def _sampling(self, temperature: float) -> dict[str, Any]:

@@ -75,7 +75,6 @@ REGIMES: dict[str, dict[str, Any]] = {
     "occ/exact": {"regime": "occ", "estimator": "exact"},
     "occ/cross_batch": {"regime": "occ", "estimator": "cross_batch"},
     "occ/log_prob": {"regime": "occ", "estimator": "log_prob"},
-    "occ/released": {"regime": "occ", "estimator": "released"},
 }
 
 
@@ -111,14 +110,14 @@ def parameters(model: str) -> Any:
 
 
 @functools.cache
-def make_batch(old_mean: float = -2.5) -> Batch:
+def make_batch() -> Batch:
     """Left-padded prompts of 3 to 4 tokens, responses of 1 to 5."""
     random, rows = np.random.default_rng(0), 2 * B
     column = np.arange(P + R)[None, :]
     prompts = random.integers(K + 1, P + 1, (rows, 1))
     responses = random.integers(1, R + 1, (rows, 1))
     valid = (column >= P - prompts) & (column < P + responses)
-    old = random.normal(old_mean, 0.2, (K + 1, rows, R)).astype(np.float32)
+    old = random.normal(-2.5, 0.2, (K + 1, rows, R)).astype(np.float32)
     return Batch(
         tokens=jnp.asarray(random.integers(0, V, (rows, P + R)), jnp.int32),
         valid=jnp.asarray(valid),
@@ -139,10 +138,7 @@ def two_updates(model: str, regime: str, mesh: tuple[int, int, int, int]) -> Fou
     own = jax.device_put(own, state_shardings(devices, own))
     state = place_state(config, own, 0, devices)
     step = make_programs(config, devices, (1,), 0).update
-    # The released lambda is a mean of ratios over log pi - old: old ones above all of the policy's
-    # keep its denominators away from 0, where the last bits of one token decide.
-    batch = make_batch(1.0) if regime == "occ/released" else make_batch()
-    batch = jax.device_put(batch, row_shardings(devices, batch))
+    batch = jax.device_put(make_batch(), row_shardings(devices, make_batch()))
     history = []
     for _ in range(2):
         state, metrics = step(state, batch)

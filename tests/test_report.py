@@ -323,8 +323,8 @@ def test_figures_without_data_are_not_written(tmp_path):
     assert names(write_figures({"detach": [detached]}, tmp_path / "1")) == ["accuracy"]
     fixed = rows_of([0.1, 0.2], agreement=(0.9,), updates=[logged([1.0])])
     assert names(write_figures({"ce": [fixed]}, tmp_path / "2")) == ["accuracy", "agreement"]
-    released = rows_of([0.1, 0.2], updates=[logged([0.5, 0.2])])
-    written = names(write_figures({"occ/released": [released]}, tmp_path / "3"))
+    unmeasured = rows_of([0.1, 0.2], updates=[logged([0.5, 0.2])])
+    written = names(write_figures({"occ/log_prob": [unmeasured]}, tmp_path / "3"))
     assert written == ["accuracy", "coefficient"]
     assert write_figures({"detach": [[]], "ce": [[{"step": 0}]]}, tmp_path / "4") == []
     assert list((tmp_path / "4").iterdir()) == []

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PAIRS = [
     (model, mesh, [*REGIMES][(number + shift) % len(REGIMES)])
     for model, shift in (("dense", 0), ("moe", 3))
-    for number, mesh in enumerate([*MESHES[model], *([(2, 2, 2, 1)] if model == "dense" else [])])
+    for number, mesh in enumerate(MESHES[model])
 ]
 
 

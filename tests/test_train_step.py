@@ -121,7 +121,8 @@ def test_gradients_are_those_of_the_losses_written_out(regime, weight, head_loss
         "policy": jax.tree.map(lambda x, y: scale * (x + y), *want.phi_policy),
     }[head_loss]
     assert_close(emitted(state, "mtp"), phi)
-    np.testing.assert_allclose(metrics["actor/pg_loss"], want.losses["rl"], rtol=1e-5)
+    for name in ("loss", "pg_loss"):
+        np.testing.assert_allclose(metrics[f"actor/{name}"], want.losses["rl"], rtol=1e-5)
     for k in range(K):
         np.testing.assert_allclose(
             metrics[f"mtp_losses/mtp_{k + 1}_loss"], want.losses["ce"][k], rtol=1e-5
@@ -166,7 +167,8 @@ def test_the_entropy_bonus_leaves_the_modules_losses_in_place():
     assert_same_bits(emitted(state, "mtp"), emitted(plain, "mtp"))
     np.testing.assert_allclose(metrics["actor/entropy"], want.losses["entropy"], rtol=1e-5)
     loss = want.losses["rl"] - 0.3 * want.losses["entropy"]
-    np.testing.assert_allclose(metrics["actor/pg_loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["actor/loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["actor/pg_loss"], want.losses["rl"], rtol=1e-5)
 
 
 def test_the_kl_penalty_is_added_to_the_main_loss():
@@ -178,6 +180,9 @@ def test_the_kl_penalty_is_added_to_the_main_loss():
     total = jax.tree.map(lambda g, kl: g + 0.2 * kl, want.g, want.kl)
     assert_close(emitted(state), combine(total, want.h_policy, [0.7] * K))
     np.testing.assert_allclose(metrics["actor/kl_loss"], want.losses["kl"], rtol=1e-5)
+    loss = want.losses["rl"] + 0.2 * want.losses["kl"]
+    np.testing.assert_allclose(metrics["actor/loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["actor/pg_loss"], want.losses["rl"], rtol=1e-5)
 
 
 # --- occ by gradients -----------------------------------------------------------------------------
@@ -304,35 +309,6 @@ def test_log_prob_uses_the_statistics_of_updates_before_this_one():
     np.testing.assert_allclose(coefficient(second), np.linalg.solve(penalty + eps, c), rtol=1e-3)
 
 
-def test_released_folds_its_coefficient_into_the_advantage():
-    config = make_config(estimator="released", released_factor=0.3)
-    state, metrics = update(config, make_batch())
-    now, weights, slopes = expected(), np.zeros(K), np.zeros(K)
-    for k in range(K):
-        for b, j in zip(*np.nonzero(MASKS[k + 1]), strict=True):
-            delta = float(now.log_probs[b, j] - inputs().old[b, j])
-            auxiliary = float(now.auxiliary_log_probs[k, b, j] - inputs().old[b, j])
-            weights[k] += delta * auxiliary / (auxiliary**2 + 1e-8)
-            slopes[k] += (abs(delta) / abs(auxiliary) + 1) / abs(auxiliary)
-        share = 0.3 / K / (B * R)  # the mean is over padding as well
-        # Where a module's change is near 0 the ratio magnifies the last bits of the
-        # log-probabilities, by how much is its slope; 2e-6 nats are a few of those bits.
-        found = float(metrics[f"occ/coefficient_{k + 1}"])
-        np.testing.assert_allclose(found, share * weights[k], atol=share * slopes[k] * 2e-6)
-        assert share * slopes[k] * 2e-6 < 0.01 * abs(found)
-        weights[k] = found
-    folded = inputs().advantages * weights[:, None].astype(np.float32)
-    want = oracle(parameters(), inputs()._replace(auxiliary_advantages=folded))
-    assert_close(emitted(state), combine(want.g, want.h_policy, [1.0] * K))
-    # A negative coefficient turns the advantages' signs before the clip, so it silences others.
-    assert weights.min() < 0
-    k = int(weights.argmin())
-    outside = jax.tree.map(lambda x: weights[k] * x, now.h_policy[k])
-    difference = jax.tree.map(jnp.subtract, want.h_policy[k], outside)
-    assert norm(difference) > 0.1 * norm(outside)
-    assert_same_bits(calibration(state), calibration(start(config)))  # no memory
-
-
 # --- weights -----------------------------------------------------------------------------------
 
 
@@ -418,7 +394,7 @@ def test_cross_batch_is_the_mean_over_pairs_of_different_micro_batches():
 # --- padding, empty batches, what is not finite ---------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["exact", "log_prob", "released"])
+@pytest.mark.parametrize("estimator", ["exact", "log_prob"])
 def test_padding_reaches_nothing(estimator):
     config = make_config(estimator=estimator, algorithm={"kl_coefficient": 0.1})
     state = start(config)
@@ -437,7 +413,6 @@ def test_padding_reaches_nothing(estimator):
         {"regime": "ce"},
         {"estimator": "exact"},
         {"estimator": "log_prob", "head_loss": "policy"},
-        {"estimator": "released"},
     ],
 )
 def test_a_mini_batch_without_a_trained_token_has_zero_gradients(mtp):

@@ -23,6 +23,7 @@ def run_train(config: Config, options: argparse.Namespace) -> None:
     """Trains, then prints how accuracy, objective and λ have changed, and draws the figures."""
     from occ_jax.parallel.exchange import is_first_process
     from occ_jax.progress import Progress
+    from occ_jax.rl.regime import label
     from occ_jax.training.figures import run_report, write_figures
     from occ_jax.training.loop import train
     from occ_jax.training.run_directory import RunDirectory
@@ -33,8 +34,8 @@ def run_train(config: Config, options: argparse.Namespace) -> None:
             return
     run = RunDirectory(Path(config.run.directory))
     rows = run.rows()
-    figures = write_figures({_name(config): [rows]}, run.figures)
-    print(run_report(rows, _name(config)))
+    figures = write_figures({label(config): [rows]}, run.figures)
+    print(run_report(rows, label(config)))
     print("figures  " + "  ".join(str(path) for path in figures))
 
 
@@ -192,8 +193,3 @@ def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
             yield
     else:
         yield
-
-
-def _name(config: Config) -> str:
-    mtp = config.mtp
-    return f"occ/{mtp.estimator}" if mtp.regime == "occ" else mtp.regime

@@ -20,7 +20,7 @@ from occ_jax.config.model import ModelConfig
 from occ_jax.errors import UserError
 
 Regime = Literal["detach", "ce", "policy", "occ"]
-Estimator = Literal["exact", "cross_batch", "log_prob", "released"]
+Estimator = Literal["exact", "cross_batch", "log_prob"]
 HeadLoss = Literal["ce", "distill", "policy"]
 Aggregation = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
@@ -314,26 +314,18 @@ class MTPConfig:
     bounds: tuple[float, float] | None = None
     """Limits of lambda; None leaves it free, negative values included."""
     eps: float = 1e-8
-    released_factor: float = 0.1
-    """Factor of the released code's coefficient (estimator released only)."""
 
     def __post_init__(self) -> None:
         require_choice("mtp", self, "regime", Regime)
         require_choice("mtp", self, "estimator", Estimator)
         require_choice("mtp", self, "head_loss", HeadLoss)
         require_choice("mtp", self, "auxiliary_ratio", Literal["own", "main"])
-        require_positive("mtp", self, "measure_every", "scale", "eps", "released_factor")
+        require_positive("mtp", self, "measure_every", "scale", "eps")
         require(math.isfinite(self.coefficient), "mtp.coefficient", self.coefficient, "finite")
         require(0 <= self.decay < 1, "mtp.decay", self.decay, "at least 0 and below 1")
         if self.bounds is not None:
             low, high = self.bounds
             require(low < high, "mtp.bounds", self.bounds, "(low, high) with low < high")
-        require(
-            self.estimator != "released" or self.measure_every == 1,
-            "mtp.measure_every",
-            self.measure_every,
-            "1 with mtp.estimator released, which has no memory between updates",
-        )
 
 
 @dataclass(frozen=True)

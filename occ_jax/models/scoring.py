@@ -99,6 +99,8 @@ def auxiliary_masks(
 
     Module k speaks of column t from slot t-k-1; in a prompt shorter than k+1 that slot is padding.
     """
+    if depth == 0:
+        return jnp.zeros((0, *response_mask.shape), bool)
     columns, response = valid.shape[1], response_mask.shape[1]
     starts = [columns - response - k - 1 for k in range(1, depth + 1)]
     return jnp.stack([response_mask & valid[:, s : s + response] for s in starts])

@@ -34,7 +34,7 @@ from occ_jax.planning.flops import count_flops
 from occ_jax.planning.hlo import collective_bytes, largest_arrays
 from occ_jax.planning.machines import GIB, Machine
 from occ_jax.programs import Programs, make_programs
-from occ_jax.rl.gradients import apart
+from occ_jax.rl.regime import active_estimator, needs_separate_gradients
 from occ_jax.rl.train_step import abstract_state
 from occ_jax.types import Batch, Params, Rollout, TrainState
 
@@ -330,8 +330,8 @@ def _gradients(step: _Step) -> int:
     """Sums of g, of every h_k that is kept separate, and of the modules' gradients, in float32."""
     config = step.programs.config
     trunk, mtp = (per_device(_float32(step.state.params[part])) for part in ("trunk", "mtp"))
-    separate = config.model.num_mtp_modules if apart(config, measure=True) else 0
-    return trunk * (1 + separate) + mtp
+    separate = needs_separate_gradients(active_estimator(config))
+    return trunk * (1 + separate * config.model.num_mtp_modules) + mtp
 
 
 def _float32(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Advantages and losses for reinforcement learning from verifiable rewards."""
+"""Reinforcement learning from verifiable rewards: advantages, losses, updates."""
 
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.losses import (

@@ -18,6 +18,7 @@ from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
 from occ_jax.parallel.sharding import micro_batches
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.losses import rollout_correction
+from occ_jax.rl.regime import scores_modules
 from occ_jax.types import Batch, Params, Rollout, map_rows
 
 
@@ -94,16 +95,6 @@ def replace_rows(kept: Rollout, new: Rollout, source: Int[Array, " B"]) -> Rollo
 
     axes = map_rows(lambda _, axis: axis, kept)
     return jax.tree.map(lambda axis, old, new: pick(old, new, axis), axes, kept, new)
-
-
-def scores_modules(config: Config) -> bool:
-    """Whether a run needs the modules' log-probabilities under the old policy."""
-    policy_on_trunk = config.mtp.regime in ("policy", "occ")
-    return (
-        config.model.num_mtp_modules > 0
-        and config.mtp.auxiliary_ratio == "own"
-        and (policy_on_trunk or config.mtp.head_loss == "policy")
-    )
 
 
 def _advantages(config: Config, rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:

@@ -1,13 +1,13 @@
 # pyright: strict
 """Losses on the log-probabilities of sampled tokens, each as an unreduced sum and its denominator.
 
-Owns the three policy losses, the losses of the auxiliary heads, the KL and entropy terms and the
-ways tokens are averaged. Leaves to others where log-probabilities come from (`models`), what the
-advantages are (`advantages`) and when sums are divided (`gradients`, the train step).
+Owns the three policy losses, cross-entropy, the KL penalty, rollout correction and the ways tokens
+are averaged. Leaves log-probabilities to `models`, advantages to `advantages`, and the division of
+the sums to `objective`.
 
-Three rules hold throughout. Arithmetic is float32 whatever comes in. A mask's non-zero entries are
-trained on; what lies under the others, NaN and infinities included, reaches neither the value nor
-the gradient. Old, reference, rollout and teacher quantities and advantages are data: no gradient.
+Three rules hold throughout. Arithmetic is float32 for every input dtype. A mask's non-zero entries
+are trained on; values under the others, NaN and infinities included, reach neither the value nor
+the gradient. Old, reference and rollout log-probabilities and advantages are data: no gradient.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -32,7 +32,7 @@ _K3_BOUND = 10.0
 class Loss(NamedTuple):
     """A loss before its division: `mean(loss)` = sum / denominator.
 
-    Micro-batches and shards combine exactly by adding every field, metrics included
+    Micro-batches and shards are combined exactly by adding every field, metrics included
     (`jax.tree.map(jnp.add, a, b)`). For gradients over micro-batches, divide each `sum` by the
     denominator of the whole mini-batch (`aggregation_denominator` before the split).
     """
@@ -48,10 +48,10 @@ def mean(loss: Loss) -> Float[Array, ""]:
     """Divides the sum by the denominator; 0 (and zero gradient) where nothing was trained on.
 
     Args:
-      loss: a loss, or several added up.
+        loss: a loss, or several added up.
 
     Returns:
-      sum / denominator, float32, or 0 if the denominator is 0.
+        sum / denominator, float32, or 0 if the denominator is 0.
     """
     return loss.sum / jnp.where(loss.denominator > 0, loss.denominator, 1.0)
 
@@ -69,41 +69,42 @@ def clipped_policy_loss(
     normalizer: float | None = None,
     weights: Float[Array, "B T"] | None = None,
 ) -> Loss:
-    """The clipped surrogate of PPO, GRPO and, with the clips apart, DAPO.
+    """Clipped surrogate of PPO and GRPO and, with two different clips, of DAPO.
 
     r = exp(clip(l - l_old, ±20)),   L = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),
     and with a dual clip c, where A < 0:   L = min(-A c, L).
 
     Args:
-      log_probs: l, log-probability of each sampled token under the policy in training, nats.
-      old_log_probs: l_old, the same under the policy that the ratio starts from.
-      advantages: A, one a row or one a token.
-      mask: 1 (True) where the token is trained on.
-      clip_low: how far below 1 the ratio still gains; 1 or more: no limit.
-      clip_high: how far above 1 the ratio still gains.
-      dual_clip: c > 1, the bound on the ratio of a disadvantageous token; None: no bound.
-      aggregation: how tokens are averaged, see `aggregate`.
-      normalizer: see `aggregate`.
-      weights: factor on each token's loss, after clipping; see `rollout_correction`.
+        log_probs: l, log-probability of each sampled token under the policy in training, nats.
+        old_log_probs: l_old, the same under the policy that the ratio starts from.
+        advantages: A, one per row or one per token.
+        mask: 1 (True) where the token is trained on.
+        clip_low: how far below 1 a smaller ratio still lowers the loss; 1 or more: no limit.
+        clip_high: how far above 1 a larger ratio still lowers the loss.
+        dual_clip: c > 1, the bound on the ratio of a disadvantageous token; None: no bound.
+        aggregation: how tokens are averaged, see `aggregate`.
+        normalizer: see `aggregate`.
+        weights: factor on each token's loss, after clipping; see `rollout_correction`.
 
     Returns:
-      Loss. Metrics: `tokens`, `approx_kl` (of -(l - l_old)), `ratio`, `clip_fraction_low` and
-      `clip_fraction_high` (tokens that clip(r) silences: A < 0 and r below the range, A > 0 and r
-      above it), `clip_fraction_dual` (tokens that the dual clip silences).
+        Loss. Metrics: `tokens`, `approx_kl` (of -(l - l_old)), `ratio`, `clip_fraction_low` and
+        `clip_fraction_high` (tokens that lose their gradient to clip(r): A < 0 and r below the
+        range, A > 0 and r above it), `clip_fraction_dual` (tokens that lose it to the dual clip).
 
     Raises:
-      ValueError: shapes disagree, a clip is negative, `dual_clip` <= 1, `normalizer` <= 0 or the
-        aggregation is unknown.
+        ValueError: shapes disagree, a clip is negative, `dual_clip` <= 1, `normalizer` <= 0 or the
+            aggregation is unknown.
 
     Example:
-      >>> log_probs = jnp.log(jnp.array([[0.5, 0.25]]))
-      >>> old_log_probs = jnp.log(jnp.array([[0.25, 0.25]]))
-      >>> loss = clipped_policy_loss(log_probs, old_log_probs, jnp.ones(1), jnp.ones((1, 2)))
-      >>> f"{mean(loss):.2f}"  # ratios 2 and 1, the first clipped at 1.28
-      '-1.14'
+        >>> log_probs = jnp.log(jnp.array([[0.5, 0.25]]))
+        >>> old_log_probs = jnp.log(jnp.array([[0.25, 0.25]]))
+        >>> loss = clipped_policy_loss(log_probs, old_log_probs, jnp.ones(1), jnp.ones((1, 2)))
+        >>> f"{mean(loss):.2f}"  # ratios 2 and 1, the first clipped at 1.28
+        '-1.14'
 
-    Source: PPO, arXiv 1707.06347; GRPO, arXiv 2402.03300; DAPO, arXiv 2503.14476, section 3.1;
-    dual clip, arXiv 1912.09729.
+    Source:
+        PPO, arXiv 1707.06347; GRPO, arXiv 2402.03300; DAPO, arXiv 2503.14476, section 3.1;
+        dual clip, arXiv 1912.09729.
     """
     _check_clips(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
@@ -133,7 +134,7 @@ def gspo_loss(
     clip_high: float = 4e-4,
     weights: Float[Array, "B T"] | None = None,
 ) -> Loss:
-    """The clipped surrogate with one ratio a sequence, the geometric mean of its tokens' ratios.
+    """Clipped surrogate with one ratio per sequence, the geometric mean of its tokens' ratios.
 
     s = mean_t(l - l_old) over the row's trained tokens,   rho_t = exp(min(l - sg(l) + sg(s), 10)),
     L = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)),   sg: no gradient.
@@ -142,22 +143,23 @@ def gspo_loss(
     log-probability. Averaged over tokens, then over rows (`seq-mean-token-mean`), always.
 
     Args:
-      log_probs: l, log-probability of each sampled token under the policy in training, nats.
-      old_log_probs: l_old, the same under the policy that the ratio starts from.
-      advantages: A, one a row or one a token.
-      mask: 1 (True) where the token is trained on.
-      clip_low: as in `clipped_policy_loss`; sequence ratios stay far closer to 1 than tokens' do.
-      clip_high: likewise.
-      weights: factor on each token's loss, after clipping; see `rollout_correction`.
+        log_probs: l, log-probability of each sampled token under the policy in training, nats.
+        old_log_probs: l_old, the same under the policy that the ratio starts from.
+        advantages: A, one per row or one per token.
+        mask: 1 (True) where the token is trained on.
+        clip_low: as in `clipped_policy_loss`; sequence ratios stay far closer to 1 than tokens' do.
+        clip_high: likewise.
+        weights: factor on each token's loss, after clipping; see `rollout_correction`.
 
     Returns:
-      Loss. Metrics as in `clipped_policy_loss`, less `clip_fraction_dual`; every token of a row
-      counts with the row's ratio.
+        Loss. Metrics as in `clipped_policy_loss`, without `clip_fraction_dual`; every token of a
+        row counts with the row's ratio.
 
     Raises:
-      ValueError: shapes disagree or a clip is negative.
+        ValueError: shapes disagree or a clip is negative.
 
-    Source: GSPO, arXiv 2507.18071, section 4 (the token form: section 4.3).
+    Source:
+        GSPO, arXiv 2507.18071, section 4 (the token form: section 4.3).
     """
     _check_clips(clip_low, clip_high)
     tokens = _policy_tokens(log_probs, old_log_probs, advantages, mask, weights)
@@ -184,31 +186,33 @@ def cispo_loss(
     normalizer: float | None = None,
     weights: Float[Array, "B T"] | None = None,
 ) -> Loss:
-    """REINFORCE with a clipped importance weight: the weight is bounded, no token falls silent.
+    """REINFORCE with a clipped importance weight: bounded, and no token loses its gradient.
 
     r = exp(clip(l - l_old, ±20)),   L = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A l,
     sg: no gradient. The value has no meaning of its own; its gradient has.
 
     Args:
-      log_probs: l, log-probability of each sampled token under the policy in training, nats.
-      old_log_probs: l_old, the same under the policy that the ratio starts from.
-      advantages: A, one a row or one a token.
-      mask: 1 (True) where the token is trained on.
-      clip_low: how far below 1 the weight may go; 1 or more (the paper's choice): no limit.
-      clip_high: how far above 1 the weight may go.
-      aggregation: how tokens are averaged, see `aggregate`.
-      normalizer: see `aggregate`.
-      weights: further factor on each token's loss; see `rollout_correction`.
+        log_probs: l, log-probability of each sampled token under the policy in training, nats.
+        old_log_probs: l_old, the same under the policy that the ratio starts from.
+        advantages: A, one per row or one per token.
+        mask: 1 (True) where the token is trained on.
+        clip_low: how far below 1 the weight may go; 1 or more (the paper's choice): no limit.
+        clip_high: how far above 1 the weight may go.
+        aggregation: how tokens are averaged, see `aggregate`.
+        normalizer: see `aggregate`.
+        weights: further factor on each token's loss; see `rollout_correction`.
 
     Returns:
-      Loss. Metrics as in `clipped_policy_loss`, less `clip_fraction_dual`; here the clip fractions
-      count every ratio outside the range, for the weight is clipped whatever the advantage's sign.
+        Loss. Metrics as in `clipped_policy_loss`, without `clip_fraction_dual`; here the clip
+        fractions count every ratio outside the range, because the weight is clipped for either
+        sign of the advantage.
 
     Raises:
-      ValueError: shapes disagree, a clip is negative, `normalizer` <= 0 or the aggregation is
-        unknown.
+        ValueError: shapes disagree, a clip is negative, `normalizer` <= 0 or the aggregation is
+            unknown.
 
-    Source: CISPO in MiniMax-M1, arXiv 2506.13585, section 3.1.
+    Source:
+        CISPO in MiniMax-M1, arXiv 2506.13585, section 3.1.
     """
     _check_clips(clip_low, clip_high)
     tokens = _policy_tokens(log_probs, old_log_probs, advantages, mask, weights)
@@ -232,16 +236,16 @@ def negative_log_likelihood(
     """Cross-entropy to the sampled tokens: L = -l. For supervised and MTP training.
 
     Args:
-      log_probs: l, log-probability of each token, nats.
-      mask: 1 (True) where the token is trained on.
-      aggregation: how tokens are averaged, see `aggregate`.
-      normalizer: see `aggregate`.
+        log_probs: l, log-probability of each token, nats.
+        mask: 1 (True) where the token is trained on.
+        aggregation: how tokens are averaged, see `aggregate`.
+        normalizer: see `aggregate`.
 
     Returns:
-      Loss. Metrics: `tokens`.
+        Loss. Metrics: `tokens`.
 
     Raises:
-      ValueError: shapes disagree, `normalizer` <= 0 or the aggregation is unknown.
+        ValueError: shapes disagree, `normalizer` <= 0 or the aggregation is unknown.
     """
     _check_rows("log_probs", log_probs)
     _check_shape("mask", mask, log_probs.shape)
@@ -260,18 +264,19 @@ def rollout_correction(
     w = min(exp(clip(l_old - l_rollout, ±20)), cap), for the `weights` of a policy loss.
 
     Args:
-      old_log_probs: log-probability of each token as the trainer computed it, nats.
-      rollout_log_probs: the same as the sampler computed it.
-      cap: the largest weight, > 0.
+        old_log_probs: log-probability of each token as the trainer computed it, nats.
+        rollout_log_probs: the same as the sampler computed it.
+        cap: the largest weight, > 0.
 
     Returns:
-      Weights, float32, without gradient.
+        Weights, float32, without gradient.
 
     Raises:
-      ValueError: shapes disagree or `cap` <= 0.
+        ValueError: shapes disagree or `cap` <= 0.
 
-    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training",
-    2025 (truncated importance sampling).
+    Source:
+        Yao et al., "Your efficient RL framework secretly brings you off-policy RL training",
+        2025 (truncated importance sampling).
     """
     _check_shape("rollout_log_probs", rollout_log_probs, old_log_probs.shape)
     if not cap > 0:
@@ -295,20 +300,21 @@ def kl_penalty(
     gradient is that of the KL; the mean gradient of k1 is zero.
 
     Args:
-      log_probs: l, log-probability of each sampled token under the policy, nats.
-      reference_log_probs: l_ref, the same under the reference. No gradient.
-      kind: the estimator.
-      mask: where given, the penalty is 0 wherever the mask is, without gradient. Needed only if
-        there may be NaN or infinities there: `aggregate`, applied later, can keep them out of the
-        value but no longer out of the gradient.
+        log_probs: l, log-probability of each sampled token under the policy, nats.
+        reference_log_probs: l_ref, the same under the reference. No gradient.
+        kind: the estimator.
+        mask: where given, the penalty is 0 wherever the mask is, without gradient. Needed only if
+            there may be NaN or infinities there: `aggregate`, applied later, can keep them out of
+            the value but no longer out of the gradient.
 
     Returns:
-      Penalties, float32, nats.
+        Penalties, float32, nats.
 
     Raises:
-      ValueError: `kind` is unknown or shapes disagree.
+        ValueError: `kind` is unknown or shapes disagree.
 
-    Source: J. Schulman, "Approximating KL divergence", 2020.
+    Source:
+        J. Schulman, "Approximating KL divergence", 2020.
     """
     _check_shape("reference_log_probs", reference_log_probs, log_probs.shape)
     if mask is not None:
@@ -341,24 +347,25 @@ def aggregate(
     seq-mean-token-sum:       Σ_b (Σ_t m v)               over the number of rows
     seq-mean-token-sum-norm:  Σ_b (Σ_t m v / normalizer)  over the number of rows
 
-    A row without a trained token is not a sequence: it counts in neither.
+    A row without a trained token is not a sequence: it counts neither in the sum nor in the rows.
 
     Args:
-      values: one value a token.
-      mask: 1 (True) where the token counts.
-      aggregation: one of `AGGREGATIONS`.
-      normalizer: the constant of seq-mean-token-sum-norm, tokens; None: T. T is that of *this*
-        array, so give the constant where arrays of several lengths are to be added. The other
-        aggregations do not read it.
+        values: one value per token.
+        mask: 1 (True) where the token counts.
+        aggregation: one of `AGGREGATIONS`.
+        normalizer: the constant of seq-mean-token-sum-norm, tokens; None: T. T is that of *this*
+            array, so give the constant where arrays of several lengths are to be added. The other
+            aggregations do not read it.
 
     Returns:
-      (sum, denominator), float32. Both are additive over micro-batches and shards.
+        (sum, denominator), float32. Both are additive over micro-batches and shards.
 
     Raises:
-      ValueError: shapes disagree, `normalizer` <= 0 or the aggregation is unknown.
+        ValueError: shapes disagree, `normalizer` <= 0 or the aggregation is unknown.
 
-    Source: token-mean, DAPO, arXiv 2503.14476, section 3.3; the constant, Dr. GRPO,
-    arXiv 2503.20783, section 3.2.
+    Source:
+        token-mean, DAPO, arXiv 2503.14476, section 3.3; the constant, Dr. GRPO,
+        arXiv 2503.20783, section 3.2.
     """
     _check_rows("values", values)
     _check_shape("mask", mask, values.shape)
@@ -382,14 +389,14 @@ def aggregation_denominator(mask: Mask, aggregation: Aggregation) -> Float[Array
     to the same.
 
     Args:
-      mask: 1 (True) where the token counts.
-      aggregation: one of `AGGREGATIONS`.
+        mask: 1 (True) where the token counts.
+        aggregation: one of `AGGREGATIONS`.
 
     Returns:
-      The count, float32. It may be 0.
+        The count, float32. It may be 0.
 
     Raises:
-      ValueError: the mask is not two-dimensional or the aggregation is unknown.
+        ValueError: the mask is not two-dimensional or the aggregation is unknown.
     """
     _check_rows("mask", mask)
     if aggregation not in AGGREGATIONS:

@@ -1,22 +1,21 @@
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
-"""What every head contributes: the main head's objective, the modules' two kinds of loss.
+"""Losses of the main head and of the modules, and the metrics of each.
 
-Everything here is a function of states or of log-probabilities; where gradients stop, and how the
-pieces are weighted, is decided in `gradients.py`. Losses come divided by the denominator of the
-whole mini-batch, so that micro-batches add up to it.
+Everything here is a function of states or of log-probabilities; `gradients` decides where gradients
+stop and how losses are weighted, `regime` which loss of a module trains the trunk. Losses come
+divided by the denominator of the whole mini-batch, so that micro-batches add up to it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from occ_jax.calibration.estimators import released_code_coefficient
 from occ_jax.config import AlgorithmConfig, Config
 from occ_jax.models.model import Model
 from occ_jax.models.scoring import (
@@ -36,35 +35,52 @@ from occ_jax.rl.losses import (
     kl_penalty,
     negative_log_likelihood,
 )
+from occ_jax.rl.regime import LogProbChanges
 from occ_jax.types import Batch, Params
 
 
 class Denominators(NamedTuple):
-    """What the losses of one mini-batch are divided by, at least 1 so that empty ones give 0."""
+    """Divisors of the losses of one mini-batch, at least 1 so that losses of no tokens are 0."""
 
     main: Float[Array, ""]
     auxiliary: Float[Array, " K"]  # of each module's own tokens
 
 
+class MainMetrics(NamedTuple):
+    """Values of the main head; they add up over micro-batches."""
+
+    loss: Float[Array, ""]  # L_RL, the KL and entropy terms included
+    policy_loss: Float[Array, ""]  # without these terms
+    token_sums: dict[str, Float[Array, ""]]  # over trained tokens
+
+
 class MainOutput(NamedTuple):
-    """The main head, without gradient."""
+    """Output of the main head, without gradient."""
 
     hidden: Float[Array, "B R D"]  # of the response columns
     scores: TokenScores  # at the sampling temperature
-    metrics: dict[str, Float[Array, ""]]  # sums over trained tokens
+    metrics: MainMetrics
 
 
-class HeadMetrics(NamedTuple):
-    """How well the modules draft; sums over their own tokens."""
+class ModuleBatch(NamedTuple):
+    """A micro-batch as the losses of the modules read it."""
+
+    batch: Batch
+    masks: Bool[Array, "K B R"]  # trained tokens that module k predicts from a real token
+    denominators: Float[Array, " K"]  # of the whole mini-batch
+
+
+class ModuleMetrics(NamedTuple):
+    """Quality of the modules' drafts; sums over their own tokens."""
 
     tokens: Float[Array, " K"]
     cross_entropy: Float[Array, " K"]  # nats, of the sampled tokens
-    agreement: Float[Array, " K"]  # most probable token = the main head's: greedy acceptance
+    agreement: Float[Array, " K"]  # tokens on which the most probable token is the main head's
 
 
 def mini_batch_denominators(config: Config, batch: Batch, depth: int) -> Denominators:
     """Denominators of a mini-batch before it is split."""
-    masks = auxiliary_masks(batch.valid, batch.response_mask, depth) if depth else []
+    masks = auxiliary_masks(batch.valid, batch.response_mask, depth)
     aggregation = config.algorithm.aggregation
     counts = [aggregation_denominator(mask, aggregation) for mask in [batch.response_mask, *masks]]
     at_least_one = jnp.maximum(jnp.stack(counts), 1.0)
@@ -114,9 +130,9 @@ def main_loss(
     scores = score_tokens(model, theta, hidden, targets, config.rollout.temperature)
     log_probs, entropies, _ = scores
     old, weights = batch.old_log_probs, batch.weights
-    loss = policy_loss(algorithm, log_probs, old, batch.advantages, mask, weights)
-    total, metrics = loss.sum, dict(loss.metrics)
-    metrics["entropy"] = jnp.sum(jnp.where(mask, entropies, 0.0))
+    policy = policy_loss(algorithm, log_probs, old, batch.advantages, mask, weights)
+    total, sums = policy.sum, dict(policy.metrics)
+    sums["entropy"] = jnp.sum(jnp.where(mask, entropies, 0.0))
     if algorithm.entropy_coefficient > 0:
         total -= (
             algorithm.entropy_coefficient * aggregate(entropies, mask, algorithm.aggregation)[0]
@@ -125,10 +141,11 @@ def main_loss(
         penalty = kl_penalty(
             log_probs, batch.reference_log_probs, algorithm.kl_estimator, mask=mask
         )
-        metrics["reference_kl"] = jnp.sum(jnp.where(mask, penalty, 0.0))
+        sums["reference_kl"] = jnp.sum(jnp.where(mask, penalty, 0.0))
         total += algorithm.kl_coefficient * aggregate(penalty, mask, algorithm.aggregation)[0]
-    output = MainOutput(hidden, scores, metrics)
-    return total / denominators.main, jax.lax.stop_gradient(output)
+    loss = total / denominators.main
+    metrics = MainMetrics(loss, policy.sum / denominators.main, sums)
+    return loss, jax.lax.stop_gradient(MainOutput(hidden, scores, metrics))
 
 
 def module_states(
@@ -151,137 +168,107 @@ def module_scores(
     return jnp.stack([x.log_probs for x in scores]), jnp.stack([x.best for x in scores])
 
 
-def auxiliary_losses(
+def module_losses(
     config: Config,
+    kind: Literal["ce", "policy"],
     log_probs: Float[Array, "K B R"],
-    batch: Batch,
-    denominators: Denominators,
-    main_log_probs: Float[Array, "B R"],
-) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    """L_aux,k, what the trunk is trained on through module k, before its coefficient.
-
-    The second result is the coefficient that is inside the losses already: the released code's,
-    and ones for every other estimator.
-    """
-    if config.mtp.regime == "ce":
-        losses, coefficient = _cross_entropies(config, log_probs, batch), jnp.ones(len(log_probs))
-    else:
-        coefficient = _advantage_coefficient(config, log_probs, batch, main_log_probs)
-        losses = _policy_losses(config, log_probs, batch, coefficient)
-    return jnp.stack(losses) / denominators.auxiliary, coefficient
-
-
-def head_losses(
-    config: Config,
-    log_probs: Float[Array, "K B R"],
-    batch: Batch,
-    denominators: Denominators,
-    main: MainOutput,
+    modules: ModuleBatch,
 ) -> Float[Array, " K"]:
-    """L_head,k, what module k's own parameters minimise, for head losses ce and policy."""
-    if config.mtp.head_loss == "ce":
-        losses = _cross_entropies(config, log_probs, batch)
-    else:
-        coefficient = _advantage_coefficient(config, log_probs, batch, main.scores.log_probs)
-        losses = _policy_losses(config, log_probs, batch, coefficient)
-    return jnp.stack(losses) / denominators.auxiliary
+    """Loss of every module on its log-probabilities of the sampled tokens.
+
+    L_aux,k trains the trunk through module k, L_head,k the module's own parameters; both are one of
+    these two kinds, and L_head,k may be `distillation` as well.
+
+    Args:
+        config: the policy loss and the aggregation.
+        kind: cross-entropy, or the RL objective.
+        log_probs: by the modules.
+        modules: the micro-batch.
+    """
+    match kind:
+        case "ce":
+            aggregation = config.algorithm.aggregation
+            losses = [
+                negative_log_likelihood(values, mask, aggregation=aggregation).sum
+                for values, mask in zip(log_probs, modules.masks, strict=True)
+            ]
+        case "policy":
+            batch = modules.batch
+            old = _old_module_log_probs(config, batch)
+            losses = [
+                policy_loss(
+                    config.algorithm, log_probs[k], old[k], batch.advantages, mask, batch.weights
+                ).sum
+                for k, mask in enumerate(modules.masks)
+            ]
+    return jnp.stack(losses) / modules.denominators
 
 
-def head_distillation(
+def distillation(
     model: Model,
     config: Config,
     theta: Params,
     states: Float[Array, "K B R D"],
-    batch: Batch,
-    denominators: Denominators,
-    main: MainOutput,
+    teacher: Float[Array, "B R D"],
+    modules: ModuleBatch,
 ) -> Float[Array, " K"]:
-    """L_head,k for head loss distill: soft cross-entropy to the main head's distribution."""
-    masks = auxiliary_masks(batch.valid, batch.response_mask, len(states))
+    """Soft cross-entropy of every module to the main head's distribution.
+
+    Args:
+        model: the architecture.
+        config: temperature and aggregation.
+        theta: the trunk, whose output head is read.
+        states: of the modules.
+        teacher: states of the main head, `MainOutput.hidden`.
+        modules: the micro-batch.
+    """
     temperature, aggregation = config.rollout.temperature, config.algorithm.aggregation
+    values = [distillation_losses(model, theta, teacher, state, temperature) for state in states]
     losses = [
-        aggregate(
-            distillation_losses(model, theta, main.hidden, state, temperature), mask, aggregation
-        )[0]
-        for state, mask in zip(states, masks, strict=True)
+        aggregate(value, mask, aggregation)[0]
+        for value, mask in zip(values, modules.masks, strict=True)
     ]
-    return jnp.stack(losses) / denominators.auxiliary
+    return jnp.stack(losses) / modules.denominators
 
 
-def head_metrics(
-    log_probs: Float[Array, "K B R"], best: Int[Array, "K B R"], batch: Batch, main: MainOutput
-) -> HeadMetrics:
+def module_metrics(
+    log_probs: Float[Array, "K B R"],
+    best: Int[Array, "K B R"],
+    main: MainOutput,
+    masks: Bool[Array, "K B R"],
+) -> ModuleMetrics:
     """Cross-entropy and agreement of every module, summed over its own tokens."""
-    masks = auxiliary_masks(batch.valid, batch.response_mask, len(log_probs))
     agree = best == main.scores.best[None]
-    return HeadMetrics(
+    return ModuleMetrics(
         tokens=jnp.sum(masks, axis=(1, 2), dtype=jnp.float32),
         cross_entropy=jnp.sum(jnp.where(masks, -log_probs, 0.0), axis=(1, 2)),
         agreement=jnp.sum(masks & agree, axis=(1, 2), dtype=jnp.float32),
     )
 
 
-def auxiliary_delta(
-    config: Config, log_probs: Float[Array, "K B R"], batch: Batch
-) -> Float[Array, "K B R"]:
-    """Change of each module's log-probabilities since the rollout (`mtp.auxiliary_ratio`)."""
-    return log_probs - _old_auxiliary_log_probs(config, batch)
-
-
-def _old_auxiliary_log_probs(config: Config, batch: Batch) -> Float[Array, "K B R"]:
-    """Denominator of each module's importance ratio: its own old log-probs or the main head's."""
-    if config.mtp.auxiliary_ratio == "own":
-        assert batch.old_auxiliary_log_probs is not None, "the rollout did not score the modules"
-        return batch.old_auxiliary_log_probs
-    depth = config.model.num_mtp_modules
-    return jnp.broadcast_to(batch.old_log_probs, (depth, *batch.old_log_probs.shape))
-
-
-def _cross_entropies(
-    config: Config, log_probs: Float[Array, "K B R"], batch: Batch
-) -> list[Float[Array, ""]]:
-    masks = auxiliary_masks(batch.valid, batch.response_mask, len(log_probs))
-    aggregation = config.algorithm.aggregation
-    return [
-        negative_log_likelihood(values, mask, aggregation=aggregation).sum
-        for values, mask in zip(log_probs, masks, strict=True)
-    ]
-
-
-def _policy_losses(
+def log_prob_changes(
     config: Config,
+    main: MainOutput,
     log_probs: Float[Array, "K B R"],
-    batch: Batch,
-    coefficient: Float[Array, " K"],
-) -> list[Float[Array, ""]]:
-    """The RL objective on the modules' log-probabilities; the coefficient scales advantages."""
-    masks = auxiliary_masks(batch.valid, batch.response_mask, len(log_probs))
-    old = _old_auxiliary_log_probs(config, batch)
-    return [
-        policy_loss(
-            config.algorithm,
-            log_probs[k],
-            old[k],
-            batch.advantages * coefficient[k],
-            masks[k],
-            batch.weights,
-        ).sum
-        for k in range(len(log_probs))
-    ]
+    modules: ModuleBatch,
+) -> LogProbChanges:
+    """Changes of all heads' log-probabilities since the rollout (`mtp.auxiliary_ratio`)."""
+    return LogProbChanges(
+        main=main.scores.log_probs - modules.batch.old_log_probs,
+        modules=log_probs - _old_module_log_probs(config, modules.batch),
+        masks=modules.masks,
+    )
 
 
-def _advantage_coefficient(
-    config: Config, log_probs: Float[Array, "K B R"], batch: Batch, main_log_probs: Array
-) -> Float[Array, " K"]:
-    """Ones; with estimator `released` the coefficient that its authors fold into the advantage.
-
-    Padding takes part in their mean. It holds no sampled token, so nothing there has changed since
-    the rollout: both deltas are set to 0.
-    """
-    if config.mtp.regime != "occ" or config.mtp.estimator != "released":
-        return jnp.ones(len(log_probs))
-    masks = auxiliary_masks(batch.valid, batch.response_mask, len(log_probs))
-    delta = jnp.where(batch.response_mask, main_log_probs - batch.old_log_probs, 0.0)
-    auxiliary = jnp.where(masks, log_probs - batch.old_log_probs[None], 0.0)
-    coefficient = released_code_coefficient(delta, auxiliary, config.mtp.released_factor)
-    return jax.lax.stop_gradient(coefficient)
+def _old_module_log_probs(config: Config, batch: Batch) -> Float[Array, "K B R"]:
+    """Denominator of each module's importance ratio: its own old log-probs or the main head's."""
+    if config.mtp.auxiliary_ratio == "main":
+        depth = config.model.num_mtp_modules
+        return jnp.broadcast_to(batch.old_log_probs, (depth, *batch.old_log_probs.shape))
+    if batch.old_auxiliary_log_probs is None:
+        raise ValueError(
+            "batch.old_auxiliary_log_probs=None; allowed: the modules' log-probabilities with "
+            f"mtp.regime {config.mtp.regime}, mtp.head_loss {config.mtp.head_loss} and "
+            "mtp.auxiliary_ratio own"
+        )
+    return batch.old_auxiliary_log_probs

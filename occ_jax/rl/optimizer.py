@@ -1,10 +1,10 @@
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
-"""The optax chains: calibrate_auxiliary -> clip -> adamw for the trunk, clip -> adamw for modules.
+"""The optax chains: calibration -> clip -> adamw for the trunk, clip -> adamw for the modules.
 
 Two chains, because one global norm over both would let the modules' gradient scale the trunk's
-update, and `detach` would leak.
+update, and `detach` would leak. The calibration itself is chosen in `regime`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
-from occ_jax.calibration import Statistics, calibrate_auxiliary, fixed_auxiliary
+from occ_jax.calibration import Statistics
 from occ_jax.config import Config
+from occ_jax.rl.regime import calibration
 from occ_jax.types import Params
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """One transformation over {"trunk": theta, "mtp": phi}.
+    """One transformation over {"trunk": θ, "mtp": φ}.
 
-    `update` takes `auxiliary_updates` (a list of K gradients of theta, or None) and `statistics`
+    `update` takes `auxiliary_updates` (a list of K gradients of θ, or None) and `statistics`
     as `occ_jax.calibrate_auxiliary` does; both concern the trunk alone.
     """
-    trunk = optax.chain(_coefficient(config), *_descent(config))
+    trunk = optax.chain(calibration(config), *_descent(config))
     mtp = optax.chain(*_descent(config))
 
     def init_fn(params: Any) -> Any:
@@ -42,7 +41,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         statistics: Statistics | None = None,
         **_: Any,
     ) -> tuple[Any, Any]:
-        assert params is not None, "weight decay reads the parameters"
+        if params is None:
+            raise ValueError("params=None; allowed: the parameters, which weight decay reads")
         theta, trunk_state = trunk.update(
             updates["trunk"],
             state["trunk"],
@@ -56,39 +56,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def current_coefficient(config: Config, opt_state: Any) -> Float[Array, " K"]:
-    """lambda as the optimizer state holds it, before this update: zeros under `detach`."""
-    depth = config.model.num_mtp_modules
-    if config.mtp.regime == "detach":
-        return jnp.zeros(depth)
-    coefficient = optax.tree_utils.tree_get(opt_state["trunk"], "coefficient")
-    assert isinstance(coefficient, jax.Array)
-    return coefficient
-
-
 def learning_rate_schedule(config: Config) -> optax.Schedule:
     """Linear warm-up to a constant, in updates."""
     optimizer = config.optimizer
     if optimizer.warmup_steps == 0:
         return optax.constant_schedule(optimizer.learning_rate)
     return optax.warmup_constant_schedule(0.0, optimizer.learning_rate, optimizer.warmup_steps)
-
-
-def _coefficient(config: Config) -> optax.GradientTransformationExtraArgs:
-    mtp, depth = config.mtp, config.model.num_mtp_modules
-    match mtp.regime:
-        case "detach":
-            return optax.with_extra_args_support(optax.identity())
-        case "ce" | "policy":
-            return fixed_auxiliary(mtp.coefficient, num_auxiliary=depth)
-        case "occ":
-            return calibrate_auxiliary(
-                mtp.scale,
-                decay=mtp.decay,
-                bounds=mtp.bounds,
-                eps=mtp.eps,
-                num_auxiliary=depth,
-            )
 
 
 def _descent(config: Config) -> tuple[optax.GradientTransformation, ...]:
@@ -107,7 +80,6 @@ def _descent(config: Config) -> tuple[optax.GradientTransformation, ...]:
 
 
 def _decayed(params: Any) -> Any:
-    """All but routers' correction biases, which no gradient holds against the decay."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "correction_bias" not in jax.tree_util.keystr(path), params
-    )
+    """Masks out the routers' correction biases: no gradient holds them against the decay."""
+    bias = jax.tree_util.DictKey("correction_bias")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] != bias, params)

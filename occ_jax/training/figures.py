@@ -39,7 +39,6 @@ _COLORS = {
     "occ/log_prob": "#0072b2",
     "occ/cross_batch": "#009e73",
     "occ/exact": "#cc79a7",
-    "occ/released": "#56b4e9",
 }
 _DASHES = ("-", "--", ":", "-.")  # module 1, 2, ...
 _INK, _LIGHT = "#333333", "#bbbbbb"

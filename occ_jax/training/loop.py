@@ -38,6 +38,7 @@ from occ_jax.files import Row, write_json
 from occ_jax.models.model import num_parameters
 from occ_jax.parallel.exchange import fold_in, is_first_process, on_first_process
 from occ_jax.progress import Progress
+from occ_jax.rl.regime import active_estimator
 from occ_jax.rl.train_step import Metrics, abstract_state, place_state
 from occ_jax.setup import Setup, open_setup
 from occ_jax.training.charts import check_charts, open_charts
@@ -359,7 +360,7 @@ def _summary(config: Config, params: Params, directory: RunDirectory) -> dict[st
     seconds = [row["timing_s/step"] for row in rows if row["step"] > 1]
     return {
         "regime": config.mtp.regime,
-        "estimator": config.mtp.estimator if config.mtp.regime == "occ" else None,
+        "estimator": active_estimator(config),
         "seed": config.run.seed,
         "step": rows[-1]["step"],
         "parameters": num_parameters(params),

@@ -115,7 +115,7 @@ def supervised_loss(
         *auxiliary_states(model, params, states.mtp_input, tokens, valid, response),
     ]
     depth = len(heads) - 1
-    masks = [response_mask, *(auxiliary_masks(valid, response_mask, depth) if depth else [])]
+    masks = [response_mask, *auxiliary_masks(valid, response_mask, depth)]
     losses = [
         mean(
             negative_log_likelihood(

@@ -21,7 +21,6 @@ REGIMES = {
     "log_prob": ("--mtp.estimator", "log_prob"),
     "exact": ("--mtp.estimator", "exact"),
     "cross_batch": ("--mtp.estimator", "cross_batch", "--algorithm.micro-batches", "2"),
-    "released": ("--mtp.estimator", "released"),
 }
 ONE_STEP = (
     *("--task.digits", "1", "--warm-start.steps", "0", "--run.steps", "1"),
