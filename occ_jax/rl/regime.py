@@ -150,7 +150,6 @@ def statistics(
     gradient: Params,
     auxiliary: list[Params] | None,
     sums: Any,
-    opt_state: Any,
 ) -> Statistics | None:
     """Measures c and G of one update; None where nothing is measured.
 
@@ -160,9 +159,7 @@ def statistics(
         gradient: g of the mini-batch.
         auxiliary: h_k of the mini-batch, where they are separate.
         sums: `micro_batch_sums`, added up.
-        opt_state: the trunk's optimizer state before the update, for estimators that remember.
     """
-    del opt_state  # no estimator of today remembers anything
     match estimator:
         case None:
             return None

@@ -89,8 +89,7 @@ def train_step(
         The next state and float32 scalars. A non-finite loss or gradient leaves parameters and
         optimizer state as they were and sets metric "actor/skipped" to 1.
     """
-    calibration_state = state.opt_state["trunk"]
-    before = current_coefficient(config, calibration_state)
+    before = current_coefficient(config, state.opt_state["trunk"])
     gradients = mini_batch_gradients(model, config, state.params, batch, before, measure=measure)
     measured = statistics(
         config,
@@ -98,7 +97,6 @@ def train_step(
         gradients.trunk,
         gradients.auxiliary,
         gradients.estimator_sums,
-        calibration_state,
     )
     updates, opt_state = make_optimizer(config).update(
         {"trunk": gradients.trunk, "mtp": gradients.mtp},
