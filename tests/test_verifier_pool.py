@@ -6,12 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from occ_jax.config import Config, RewardConfig, TaskConfig
+from occ_jax.config import Config, RewardConfig, TaskConfig, Verifier
 from occ_jax.data.examples import Example
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
@@ -103,7 +104,7 @@ def test_verdicts_come_back_in_order():
 
 
 def test_jax_is_kept_out_of_the_workers(function):
-    verifiers = ("exact_match", "last_step", "math_dapo", "math_verify", function)
+    verifiers = (*typing.get_args(Verifier), function)
     with pool_of(*verifiers, workers=1) as pool:
         found = pool.judge([Item(function, "jax", ""), Item(function, "platform", "")])
     assert found.scores.tolist() == [0, 1]

@@ -150,10 +150,10 @@ def readable(latex: str) -> str | None:
     latex = _MIXED.sub(r"\1\\frac{\2}{\3}", latex) if _MIXED.fullmatch(latex) else latex
     if "\\begin" not in latex:
         latex = _SIZES.sub("", latex)
-    return _explicit(_braced(joined(latex, commas=False)))
+    return _explicit(_braced(join_digit_groups(latex, commas=False)))
 
 
-def joined(text: str, *, commas: bool) -> str:
+def join_digit_groups(text: str, *, commas: bool) -> str:
     """The text with the groups of well-formed grouped numbers joined."""
     pattern = _GROUPED_BY_COMMAS if commas else _GROUPED
     return pattern.sub(lambda found: "".join(found[0].split(found["by"])), text)

@@ -35,7 +35,7 @@ import numpy as np
 
 from occ_jax.config import RewardConfig
 from occ_jax.errors import UserError
-from occ_jax.rewards.verifiers import READS
+from occ_jax.rewards.verifiers import CHARACTERS_READ
 from occ_jax.rewards.worker import LENGTH
 
 _MOST_WORKERS = 32
@@ -344,7 +344,7 @@ def _chunk(
     while waiting and len(indices) < most:
         item = items[waiting[0]]
         if ":" not in item.verifier:
-            reads = READS.get(item.verifier, len(item.completion))
+            reads = CHARACTERS_READ.get(item.verifier, len(item.completion))
             item = item._replace(completion=item.completion[-reads:], record={})
         data = pickle.dumps(tuple(item))
         size += len(data)

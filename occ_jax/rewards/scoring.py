@@ -17,12 +17,12 @@ from occ_jax.data.tokenizer import Tokenizer, until_end
 from occ_jax.errors import UserError
 from occ_jax.rewards.pool import Item, Judged, VerifierPool
 
-# The training set asks for the line that DAPO's rule reads. Evaluation sets are judged by
-# mathematics, as their answers are LaTeX, or numbers written in several ways.
+# The prompts of DAPO's training set request the line that `math_dapo_strict` reads. Evaluation sets
+# take `math_verify`, as their answers are LaTeX, or numbers written in several ways.
 _USUAL = {
     **dict.fromkeys(("reverse_digits", "sort_digits", "addition"), "exact_match"),
     "chained_sum": "last_step",
-    "dapo_math_17k": "math_dapo",
+    "dapo_math_17k": "math_dapo_strict",
     **dict.fromkeys(
         ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench"), "math_verify"
     ),
@@ -32,6 +32,10 @@ _USUAL = {
 
 def verifier_of(config: Config, source: str) -> str:
     """The verifier that judges a task's or prepared set's completions.
+
+    The default of DAPO's training set is `math_dapo_strict`, the safe choice: the published rule,
+    `math_dapo`, pays for some lines with several answers. A recipe that reproduces published
+    figures names `math_dapo` in `reward.per_source`.
 
     Raises:
         UserError: the set is the user's own and the config names none.

@@ -21,7 +21,7 @@ from latex2sympy2_extended import NormalizationConfig
 from sympy import MatrixBase, Number
 
 from occ_jax.rewards.latex import final_answer, from_formulas, in_base, readable
-from occ_jax.rewards.verifiers import READS, Verdict, shortened
+from occ_jax.rewards.verifiers import CHARACTERS_READ, Verdict, shortened
 
 # Every call runs under the pool's deadline. The library's own is a signal, which does not stop all
 # that hangs, and it warns when it is switched off.
@@ -62,7 +62,7 @@ def math_verify(completion: str, answer: str) -> Verdict:
         >>> math_verify(r"\boxed{20\,14}", "34").score  # 1.0 by the library: it adds the two
         0.0
     """
-    given = final_answer(completion[-READS["math_verify"] :])
+    given = final_answer(completion[-CHARACTERS_READ["math_verify"] :])
     if not given:
         return Verdict(0.0, None)
     right = from_formulas(answer.strip(), plain=True) or answer
