@@ -186,7 +186,7 @@ MINERVA, AMC, AIME = "math-ai/minervamath", "math-ai/amc23", "HuggingFaceH4/aime
             r"{file} row 3: answer '\\frac{{1}}{{2' has unbalanced braces or dollars",
         ),
         ("amc23", changed(AMC, 4, answer="4/2"), "{file} row 5: answer '4/2' is no number"),
-        ("amc23", changed(AMC, 4, id=1), "{file} row 5: id 1 is that of {file} row 2 too"),
+        ("amc23", changed(AMC, 4, id=1), "{file} row 5: id 1 is also the id of {file} row 2"),
         ("aime24", changed(AIME, 0, answer="1000"), "row 1: answer '1000' is no integer from 0"),
         ("aime24", changed(AIME, 0, answer="3.5"), "row 1: answer '3.5' is no integer"),
         (

@@ -141,31 +141,31 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
 def run_prepare(options: argparse.Namespace) -> None:
     """Stores a problem set; prints how many problems, and what was left out."""
     from occ_jax.data.prepare import find_set, prepare
-    from occ_jax.data.published import Layout
+    from occ_jax.data.published import FileColumns
 
     columns = (options.prompt_column, options.answer_column)
     described = any((*columns, options.id_column, options.answers, options.distinct))
     if described and not all(columns):
         raise UserError("your own data needs both --prompt-column and --answer-column")
-    own = Layout(*columns, options.id_column) if described else None
+    own = FileColumns(*columns, options.id_column) if described else None
     kind = KINDS[options.answers if options.answers else "text"]
-    problem_set = find_set(options.name, own, kind, distinct=options.distinct)
-    target, summary = prepare(
+    published = find_set(options.name, own, kind, distinct=options.distinct)
+    target, counts = prepare(
         options.name,
-        problem_set,
+        published,
         options.source,
         options.data_directory,
         allow_row_count=options.allow_row_count,
         drop_bad_rows=options.drop_bad_rows,
     )
-    print(f"{target}: {summary.problems:,} problems of {summary.rows:,} rows")
-    if summary.repeated:
+    print(f"{target}: {counts.problems:,} problems of {counts.rows:,} rows")
+    if counts.repeated:
         print(
-            f"left out: {summary.repeated:,} rows that repeat a prompt, "
-            f"{summary.contradicted:,} of them with another answer"
+            f"left out: {counts.repeated:,} rows that repeat a prompt, "
+            f"{counts.contradicted:,} of them with another answer"
         )
-    if summary.bad:
-        print(f"left out: {summary.bad:,} rows whose answer does not parse")
+    if counts.bad:
+        print(f"left out: {counts.bad:,} rows whose answer does not parse")
 
 
 def run_convert(options: argparse.Namespace) -> None:
