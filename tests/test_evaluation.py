@@ -62,7 +62,7 @@ def judge(pool, config, tokenizer, examples, tokens):
         given=[None if total % 3 == 0 else str(total) for total in flat.sum(-1).tolist()],
         failures=["timeout" if total % 5 == 0 else "" for total in flat.sum(-1).tolist()],
         seconds=0.1,
-        asked=len(flat),
+        num_judged=len(flat),
     )
     return judged.scores.reshape(tokens.shape[:2]), judged
 

@@ -396,12 +396,12 @@ def test_throughput_counts_what_verifiers_were_asked_about():
         _, judged = judge_completions(
             pool, config, DIGITS, [example], np.array([[ended, cut, cut]])
         )
-    assert (judged.asked, len(judged.failures)) == (1, 3)
+    assert (judged.num_judged, len(judged.failures)) == (1, 3)
     found = reward_metrics([judged._replace(seconds=0.5)] * 2)
     assert found["perf/reward_throughput"] == 2
 
 
 def test_a_source_that_is_not_there_is_refused():
     config = Config(reward=RewardConfig(per_source=(("aime24", "math_dapo"),)))
-    with pytest.raises(UserError, match="names 'aime24', of which nothing is trained"):
+    with pytest.raises(UserError, match="names 'aime24', which this config neither trains"):
         open_pool(config)

@@ -52,16 +52,19 @@ def run_evaluate(config: Config, options: argparse.Namespace) -> None:
     import dataclasses
 
     from occ_jax.cli.evaluate import EvaluationOptions, evaluation_directory, run_evaluation
+    from occ_jax.evaluation.tables import require_ks
+    from occ_jax.rewards.scoring import evaluation_sources, verifier_of
     from occ_jax.setup import open_setup
     from occ_jax.training.policy import load_policy, newest_checkpoint
 
-    for k in options.k:
-        if k > options.samples:
-            raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
+    ks = options.k or [options.samples]
+    verifiers = [verifier_of(config, source) for source in evaluation_sources(config)]
+    # Before anything is loaded. A user's function returns no answers to count for maj@k.
+    require_ks(ks, options.samples, majorities=any(":" not in name for name in verifiers))
     evaluation = EvaluationOptions(
         num_prompts=options.prompts,
         num_samples=options.samples,
-        ks=options.k or [options.samples],
+        ks=ks,
         keep_completions=options.completions,
     )
     shared = dataclasses.asdict(evaluation)

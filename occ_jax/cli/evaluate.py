@@ -67,15 +67,12 @@ def run_evaluation(
         options: how many questions and answers, and which figures.
 
     Raises:
-        UserError: `output` holds records of other parameters, questions or settings; a k is too
-            large, or too small for so many samples.
+        UserError: `output` holds records of other parameters, questions or settings.
     """
     config, num_prompts, ks = setup.config, options.num_prompts, options.ks
     if num_prompts is None:
         num_prompts = sys.maxsize if config.dataset.name else _TASK_QUESTIONS
     sets = evaluation_prompts(config, setup.tokenizer, num_prompts)
-    voted = any(":" not in verifier_of(config, name) for name in sets)
-    tables.require_ks(ks, options.num_samples, majorities=voted)  # before anything is sampled
     records = _evaluate_into(output, setup, params, sets, options)
 
     def conclude() -> None:

@@ -55,7 +55,8 @@ def pass_at_k(right: Integer[np.ndarray, " Q"], n: int, k: int) -> Float[np.ndar
         >>> pass_at_k(np.array([0, 1, 2, 4]), n=4, k=2)
         array([0.        , 0.5       , 0.83333333, 1.        ])
 
-    Source: Chen et al., arXiv 2107.03374, section 2.1.
+    Source:
+        Chen et al., arXiv 2107.03374, section 2.1.
     """
     _require_k(n, k)
     right = np.asarray(right)

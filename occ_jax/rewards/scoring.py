@@ -1,6 +1,6 @@
-"""From sampled tokens to scores: which verifier judges what, and on which text.
+"""From sampled tokens to scores: the verifier of each source, and the text that it judges.
 
-Leaves the rules to the verifiers and the running of them to the pool.
+Leaves the rules to the verifiers and running them to `occ_jax.rewards.pool`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from occ_jax.rewards.pool import Item, Judged, VerifierPool
 
 # The prompts of DAPO's training set request the line that `math_dapo_strict` reads. Evaluation sets
 # take `math_verify`, as their answers are LaTeX, or numbers written in several ways.
-_USUAL = {
+_DEFAULTS = {
     **dict.fromkeys(("reverse_digits", "sort_digits", "addition"), "exact_match"),
     "chained_sum": "last_step",
     "dapo_math_17k": "math_dapo_strict",
@@ -38,30 +38,34 @@ def verifier_of(config: Config, source: str) -> str:
     figures names `math_dapo` in `reward.per_source`.
 
     Raises:
-        UserError: the set is the user's own and the config names none.
+        UserError: the set is the user's own and the config names no verifier for it.
     """
     named = dict(config.reward.per_source).get(source, config.reward.verifier)
-    if named is None and source not in _USUAL:
+    if named is None and source not in _DEFAULTS:
         raise UserError(
             f"no verifier judges {source}; set reward.verifier, or name it in reward.per_source"
         )
-    return _USUAL[source] if named is None else named
+    return _DEFAULTS[source] if named is None else named
+
+
+def evaluation_sources(config: Config) -> list[str]:
+    """The sets, or the digit task, that a config evaluates on."""
+    return list(config.dataset.evaluation) if config.dataset.name else [config.task.name]
 
 
 def open_pool(config: Config) -> VerifierPool:
-    """A pool for all that a run of `config` trains and evaluates on.
+    """Starts a pool with the verifiers of all sources that a config trains and evaluates on.
 
     Raises:
-        UserError: a set has no verifier, a function of the user cannot be imported, or
-            `reward.per_source` names a source that is not there.
+        UserError: a set has no verifier, a user's function cannot be imported, or
+            `reward.per_source` names a source that the config does not use.
     """
-    dataset = config.dataset
-    sources = [dataset.name, *dataset.evaluation] if dataset.name else [config.task.name]
+    sources = [config.dataset.name or config.task.name, *evaluation_sources(config)]
     for source, _ in config.reward.per_source:
         if source not in sources:
             raise UserError(
-                f"reward.per_source names {source!r}, of which nothing is trained or evaluated on; "
-                f"this config has {', '.join(dict.fromkeys(sources))}"
+                f"reward.per_source names {source!r}, which this config neither trains nor "
+                f"evaluates on; it has {', '.join(dict.fromkeys(sources))}"
             )
     return VerifierPool([verifier_of(config, source) for source in sources], config.reward)
 
@@ -73,11 +77,12 @@ def judge_completions(
     examples: Sequence[Example],
     completions: Int[np.ndarray, "P G R"],
 ) -> tuple[Float[np.ndarray, "P G"], Judged]:
-    """Scores completions of a group size G.
+    """Scores G completions of each of P problems.
 
-    What precedes the end-of-sequence token is judged as text, special tokens spelled out: padding
-    that a policy sampled inside a completion is not overlooked. A completion without an end was cut
-    by the length limit; unless `reward.truncated` says otherwise it is wrong, whatever it spells.
+    The verifier reads the text before the end-of-sequence token with special tokens spelled out, so
+    padding that a policy sampled inside a completion is not ignored. A completion without an
+    end-of-sequence token was cut by the length limit. Unless `reward.truncated` is judged, it is
+    wrong and no verifier reads it.
 
     Args:
         pool: of `config`.
@@ -95,22 +100,23 @@ def judge_completions(
     judged_rows: list[int] = []
     for row, ids in enumerate(completions.reshape(count, -1).tolist()):
         example = examples[row // completions.shape[1]]
-        given, ended = until_end(tokenizer, ids)
+        judged_ids, ended = until_end(tokenizer, ids)
         if ended or config.reward.truncated == "judged":
             verifier = verifier_of(config, example.source)
             judged_rows.append(row)
-            items.append(Item(verifier, tokenizer.decode(given), example.answer, _told(example)))
-    found = pool.judge(items)
-    unseen = np.zeros(count, np.float32), [None] * count, [""] * count
-    judged = Judged(*unseen, seconds=found.seconds, asked=found.asked)
-    for place, row in enumerate(judged_rows):
-        judged.scores[row] = found.scores[place]
-        judged.given[row], judged.failures[row] = found.given[place], found.failures[place]
+            text = tokenizer.decode(judged_ids)
+            items.append(Item(verifier, text, example.answer, _problem_record(example)))
+    verdicts = pool.judge(items)
+    scores, given, failures = np.zeros(count, np.float32), [None] * count, [""] * count
+    judged = Judged(scores, given, failures, verdicts.seconds, verdicts.num_judged)
+    for index, row in enumerate(judged_rows):
+        judged.scores[row] = verdicts.scores[index]
+        judged.given[row], judged.failures[row] = verdicts.given[index], verdicts.failures[index]
     return judged.scores.reshape(completions.shape[:2]), judged
 
 
-def _told(example: Example) -> dict[str, Any]:
-    """What a user's function learns about the problem."""
+def _problem_record(example: Example) -> dict[str, Any]:
+    """The argument `record` of a user's function."""
     prompt = example.prompt
     if not isinstance(prompt, str):
         prompt = [message._asdict() for message in prompt]

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Verifiers that compare text: which part they read, how they normalise it, what they call equal.
+"""Verifiers that compare text: the part they read, its normalisation, and equality.
 
 Every verifier is a pure function `(completion, answer) -> Verdict` on strings, without JAX and
 without state. Leaves equality of formulas to `occ_jax.rewards.symbolic`, and isolation to
@@ -103,7 +103,8 @@ def math_dapo(completion: str, answer: str) -> Verdict:
         >>> math_dapo("Answer: $34$ or $12$", "34").score, math_dapo("Answer: 3 4", "34").score
         (1.0, 1.0)
 
-    Source: DAPO, arXiv 2503.14476, and its release in verl, `math_dapo.py`; the normalisation is
+    Source:
+        DAPO, arXiv 2503.14476, and its release in verl, `math_dapo.py`; the normalisation is
         Minerva's, arXiv 2206.14858, appendix D.1.
     """
     line = _last_answer_line(completion)
@@ -114,7 +115,7 @@ def math_dapo(completion: str, answer: str) -> Verdict:
 
 
 def math_dapo_strict(completion: str, answer: str) -> Verdict:
-    r"""`math_dapo`, but wrong where the line does not give exactly one answer.
+    r"""`math_dapo`, but wrong if the line does not give exactly one answer.
 
     These lines are wrong: a line with more than one pair of dollars, or with anything but `x=`,
     units and a full stop beside the pair; a line with a list before its last "="; and a line whose
