@@ -152,10 +152,10 @@ def run_prepare(options: argparse.Namespace) -> None:
         raise UserError("your own data needs both --prompt-column and --answer-column")
     own = FileColumns(*columns, options.id_column) if described else None
     kind = KINDS[options.answers if options.answers else "text"]
-    published = find_set(options.name, own, kind, distinct=options.distinct)
+    problem_set = find_set(options.name, own, kind, distinct=options.distinct)
     target, counts = prepare(
         options.name,
-        published,
+        problem_set,
         options.source,
         options.data_directory,
         allow_row_count=options.allow_row_count,

@@ -19,7 +19,7 @@ from occ_jax.data.examples import Example
 from occ_jax.data.prepared import SPLIT, VERSION
 
 
-class _ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Problems as records of text, in the order of `examples`."""
 
     VERSION = tfds.core.Version(VERSION)
@@ -71,7 +71,7 @@ def write_set(
     """
     tfds.disable_progress_bar()
     directory.mkdir(parents=True, exist_ok=True)
-    builder = _ProblemSet(
+    builder = _SetBuilder(
         name, examples, files, data_dir=str(directory), file_format="array_record"
     )
     with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):

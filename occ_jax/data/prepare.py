@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from occ_jax.data.chat import Message
 from occ_jax.data.examples import Example
 from occ_jax.data.prepared import set_directory
-from occ_jax.data.published import PUBLISHED, FileColumns, PublishedSet
+from occ_jax.data.published import PUBLISHED, FileColumns, ProblemSet
 from occ_jax.data.rows import FileRow, column_names, read_file_rows
 from occ_jax.errors import UserError
 
@@ -32,7 +32,7 @@ class RowCounts(NamedTuple):
 
 def find_set(
     name: str, own: FileColumns | None, read_answer: Callable[[Any], str], *, distinct: bool = False
-) -> PublishedSet:
+) -> ProblemSet:
     """Finds a published set by its name, or describes a user's own set.
 
     Args:
@@ -58,12 +58,12 @@ def find_set(
         raise UserError(
             f"{name} is a published set with columns of its own; give your data another name"
         )
-    return PUBLISHED[name] if own is None else PublishedSet((), read_answer, (own,), distinct)
+    return PUBLISHED[name] if own is None else ProblemSet((), read_answer, (own,), distinct)
 
 
 def prepare(
     name: str,
-    published: PublishedSet,
+    problem_set: ProblemSet,
     files: Sequence[Path],
     directory: Path,
     *,
@@ -74,7 +74,7 @@ def prepare(
 
     Args:
         name: of the set, and of its directory.
-        published: the set's description, from `find_set`.
+        problem_set: the set's description, from `find_set`.
         files: Parquet or JSON lines, in the order of the set.
         directory: of all prepared sets.
         allow_row_count: accept a published set with another number of problems.
@@ -89,8 +89,8 @@ def prepare(
     target = set_directory(directory, name)
     if target.exists():
         raise UserError(f"{target} is prepared already; delete it to prepare {name} anew")
-    examples, counts = _read(name, published, files, drop_bad_rows)
-    _check_count(name, published, files, counts, allow_row_count)
+    examples, counts = _read(name, problem_set, files, drop_bad_rows)
+    _check_count(name, problem_set, files, counts, allow_row_count)
     from occ_jax.data.builder import write_set  # imports TFDS
 
     try:
@@ -101,22 +101,22 @@ def prepare(
 
 
 def _read(
-    name: str, published: PublishedSet, files: Sequence[Path], drop_bad_rows: bool
+    name: str, problem_set: ProblemSet, files: Sequence[Path], drop_bad_rows: bool
 ) -> tuple[list[Example], RowCounts]:
     """Reads and checks all examples of all files."""
     examples: dict[str | tuple[Message, ...] | int, Example] = {}
     owners: dict[str, str] = {}
     rows = repeated = contradicted = bad = 0
-    for row, columns in _rows(published, name, files):
+    for row, columns in _rows(problem_set, name, files):
         rows += 1
         prompt = _prompt(row, columns)
-        answer = _answer(row, columns, published.read_answer)
+        answer = _answer(row, columns, problem_set.read_answer)
         if isinstance(answer, UserError):
             if not drop_bad_rows:
                 raise answer
             bad += 1
             continue
-        if published.distinct and prompt in examples:
+        if problem_set.distinct and prompt in examples:
             repeated += 1
             contradicted += examples[prompt].answer != answer
             continue
@@ -124,33 +124,33 @@ def _read(
         if identity in owners:
             raise row.error(f"id {identity} is also the id of {owners[identity]}")
         owners[identity] = f"{row.file} row {row.number}"
-        key = prompt if published.distinct else rows
+        key = prompt if problem_set.distinct else rows
         examples[key] = Example(prompt, answer, source=name, id=identity)
     counts = RowCounts(rows, len(examples), repeated, contradicted, bad)
     return list(examples.values()), counts
 
 
 def _rows(
-    published: PublishedSet, name: str, files: Sequence[Path]
+    problem_set: ProblemSet, name: str, files: Sequence[Path]
 ) -> Iterator[tuple[FileRow, FileColumns]]:
     """Yields every row with its file's columns; all files' columns are checked first."""
-    columns_of_files = [_match_columns(published, name, file) for file in files]
+    columns_of_files = [_match_columns(problem_set, name, file) for file in files]
     for file, (columns, names) in zip(files, columns_of_files, strict=True):
         for row in read_file_rows(file, names):
             yield row, columns
 
 
-def _match_columns(published: PublishedSet, name: str, file: Path) -> tuple[FileColumns, list[str]]:
+def _match_columns(problem_set: ProblemSet, name: str, file: Path) -> tuple[FileColumns, list[str]]:
     """The set's columns that a file has, and the names of those to read."""
     present = column_names(file)
-    for columns in published.columns:
+    for columns in problem_set.columns:
         required, optional = _split_required(columns)
         if set(required) <= set(present):
             return columns, [*required, *(column for column in optional if column in present)]
     allowed = " or ".join(
         " and ".join(_split_required(columns)[0])
         + (f" ({columns.publisher})" if columns.publisher else "")
-        for columns in published.columns
+        for columns in problem_set.columns
     )
     raise UserError(f"{file} has columns {', '.join(present)}; {name} needs {allowed}")
 
@@ -219,14 +219,14 @@ def _text(row: FileRow, name: str, value: Any) -> str:
 
 
 def _check_count(
-    name: str, published: PublishedSet, files: Sequence[Path], counts: RowCounts, allow: bool
+    name: str, problem_set: ProblemSet, files: Sequence[Path], counts: RowCounts, allow: bool
 ) -> None:
     if counts.problems == 0:
         raise UserError(f"{files[0]}: no row of {counts.rows} has an answer that parses")
-    if published.num_problems and counts.problems not in published.num_problems and not allow:
+    if problem_set.num_problems and counts.problems not in problem_set.num_problems and not allow:
         listed = ", ".join(map(str, files))
         raise UserError(
             f"{listed}: {counts.problems:,} problems in {counts.rows:,} rows; {name} has "
-            f"{' or '.join(f'{n:,}' for n in published.num_problems)}. Is a file missing or "
+            f"{' or '.join(f'{n:,}' for n in problem_set.num_problems)}. Is a file missing or "
             "incomplete? --allow-row-count accepts it as it is"
         )

@@ -22,8 +22,8 @@ class FileColumns(NamedTuple):
     publisher: str = ""  # the publisher of files with these columns; empty for a user's own
 
 
-class PublishedSet(NamedTuple):
-    """Contents of a set's files."""
+class ProblemSet(NamedTuple):
+    """Contents of the files of a set, published or a user's own."""
 
     num_problems: tuple[int, ...]  # allowed counts of distinct problems; any count if empty
     read_answer: Callable[[Any], str]
@@ -31,9 +31,9 @@ class PublishedSet(NamedTuple):
     distinct: bool = False  # keep only the first row of each prompt, as publishers repeat rows
 
 
-PUBLISHED: dict[str, PublishedSet] = {
+PUBLISHED: dict[str, ProblemSet] = {
     # 1,791,700 rows are 100 copies of 17,917, which hold 17,398 prompts.
-    "dapo_math_17k": PublishedSet(
+    "dapo_math_17k": ProblemSet(
         (17_398,),
         answers.integer,
         (
@@ -46,7 +46,7 @@ PUBLISHED: dict[str, PublishedSet] = {
         ),
         distinct=True,
     ),
-    "aime24": PublishedSet(
+    "aime24": ProblemSet(
         (30,),
         answers.aime,
         (
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, PublishedSet] = {
         ),
         distinct=True,
     ),
-    "aime25": PublishedSet(
+    "aime25": ProblemSet(
         (30,),
         answers.aime,
         (
@@ -72,22 +72,22 @@ PUBLISHED: dict[str, PublishedSet] = {
             FileColumns("question", "answer", publisher="opencompass/AIME2025"),
         ),
     ),
-    "amc23": PublishedSet(
+    "amc23": ProblemSet(
         (40,),
         answers.number,
         (FileColumns("question", "answer", "id", publisher="math-ai/amc23"),),
     ),
-    "math500": PublishedSet(
+    "math500": ProblemSet(
         (500,),
         answers.latex,
         (FileColumns("problem", "answer", "unique_id", publisher="HuggingFaceH4/MATH-500"),),
     ),
-    "minerva": PublishedSet(
+    "minerva": ProblemSet(
         (272,),
         answers.latex,
         (FileColumns("question", "answer", publisher="math-ai/minervamath"),),
     ),
-    "olympiadbench": PublishedSet(
+    "olympiadbench": ProblemSet(
         (674, 675),
         answers.latex,
         (
@@ -100,10 +100,10 @@ PUBLISHED: dict[str, PublishedSet] = {
             ),
         ),
     ),
-    "gsm8k_train": PublishedSet(
+    "gsm8k_train": ProblemSet(
         (7_473,), answers.gsm8k, (FileColumns("question", "answer", publisher="openai/gsm8k"),)
     ),
-    "gsm8k_test": PublishedSet(
+    "gsm8k_test": ProblemSet(
         (1_319,), answers.gsm8k, (FileColumns("question", "answer", publisher="openai/gsm8k"),)
     ),
 }
