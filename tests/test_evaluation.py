@@ -20,7 +20,7 @@ from occ_jax.errors import UserError
 from occ_jax.evaluation import evaluate as evaluation
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, read_records
-from occ_jax.evaluation.tables import (
+from occ_jax.evaluation.summary import (
     compare_evaluations,
     comparison_cells,
     evaluation_cells,

@@ -88,9 +88,9 @@ def test_every_published_set_and_publisher_is_tested():
     assert {case[0] for case in cases} == set(PUBLISHED)
     named = {
         publisher
-        for found in PUBLISHED.values()
-        for layout in found.layouts
-        for publisher in layout.publisher.split(" and ")
+        for problem_set in PUBLISHED.values()
+        for columns in problem_set.columns
+        for publisher in columns.publisher.split(" and ")
     }
     # The last has the columns of Hothan's.
     assert named == {case[1] for case in cases} | {"math-ai/olympiadbench"}

@@ -16,8 +16,8 @@ from occ_jax.config import Config, RewardConfig, TaskConfig, Verifier
 from occ_jax.data.examples import Example
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
+from occ_jax.rewards.judging import judge_completions, open_pool
 from occ_jax.rewards.pool import Item, VerifierPool, reward_metrics
-from occ_jax.rewards.scoring import judge_completions, open_pool
 
 ROOT = Path(__file__).parent.parent
 # What a completion asks for, this function does.

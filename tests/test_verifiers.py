@@ -21,7 +21,7 @@ from occ_jax.config import (
 )
 from occ_jax.errors import UserError
 from occ_jax.rewards import latex, symbolic, verifiers
-from occ_jax.rewards.scoring import verifier_of
+from occ_jax.rewards.judging import verifier_of
 from occ_jax.rewards.symbolic import math_verify
 from occ_jax.rewards.verifiers import (
     exact_match,

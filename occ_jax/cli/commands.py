@@ -52,8 +52,8 @@ def run_evaluate(config: Config, options: argparse.Namespace) -> None:
     import dataclasses
 
     from occ_jax.cli.evaluate import EvaluationOptions, evaluation_directory, run_evaluation
-    from occ_jax.evaluation.tables import require_ks
-    from occ_jax.rewards.scoring import evaluation_sources, verifier_of
+    from occ_jax.evaluation.summary import require_ks
+    from occ_jax.rewards.judging import evaluation_sources, verifier_of
     from occ_jax.setup import open_setup
     from occ_jax.training.policy import load_policy, newest_checkpoint
 

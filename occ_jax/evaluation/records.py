@@ -3,7 +3,7 @@
 A file is JSON lines: a header that identifies the policy, the questions, the sampling and the
 verifier, then one line a question. An evaluation that was killed resumes after its last whole line
 if its header is the same, and is refused otherwise, so a file never mixes two policies. Leaves
-measures to `occ_jax.evaluation.tables`.
+measures to `occ_jax.evaluation.summary`.
 """
 
 from __future__ import annotations

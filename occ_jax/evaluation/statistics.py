@@ -4,7 +4,7 @@
 Pure functions on NumPy arrays. An evaluation set is a sample of questions, so every interval is
 over questions: an estimator gives one number a question, and the variance of these numbers includes
 the randomness of the answers (arXiv 2411.00640, section 2.2). Leaves records and tables to
-`occ_jax.evaluation.tables`.
+`occ_jax.evaluation.summary`.
 """
 
 from __future__ import annotations
