@@ -94,8 +94,13 @@ def get_config() -> Config:
             sampling_chunks=8,
             dynamic_sampling=True,
         ),
-        # Beside the length penalty, -1 to 0, the distance of right from wrong matters: DAPO's is 2.
-        reward=RewardConfig(wrong=-1.0),
+        # The reward of DAPO's release (verl): 1 for right and -1 for wrong, to which the length
+        # penalty of 0 to -1 is added; the published rule, which pays for some lines with several
+        # answers; completions cut by the length limit are judged too. Evaluation sets keep
+        # math_verify.
+        reward=RewardConfig(
+            wrong=-1.0, truncated="judged", per_source=(("dapo_math_17k", "math_dapo"),)
+        ),
         algorithm=AlgorithmConfig(
             clip_low=0.2,
             clip_high=0.28,

@@ -23,8 +23,8 @@ from occ_jax.models.model import Model
 from occ_jax.parallel.exchange import check_processes
 from occ_jax.parallel.sharding import make_mesh
 from occ_jax.programs import Programs, make_programs
+from occ_jax.rewards.judging import open_pool
 from occ_jax.rewards.pool import VerifierPool
-from occ_jax.rewards.scoring import open_pool
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 import occ_jax.training.checkpoint
 from occ_jax.config import MeshConfig
-from occ_jax.data.pipeline import drawn, go_on, iterate, training_prompts
+from occ_jax.data.pipeline import iterate, prompts_read, skip_to, training_prompts
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
 from occ_jax.models import Model
@@ -252,15 +252,15 @@ def test_a_disk_that_is_full_is_one_clear_line(tmp_path, largest, options, said)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_any_number_of_hosts_goes_on_at_the_same_prompt(tmp_path, hosts):
+def test_any_number_of_processes_resumes_at_the_same_prompt(tmp_path, hosts):
     """Twenty prompts drawn, by however many: the next four are prompts 20 to 23."""
     config = tiny_config(tmp_path)
     prompts = training_prompts(config, DIGITS).prompts
     expected = {prompts[index].example.prompt for index in range(20, 24)}
     found = []
     for host in range(hosts):
-        share = iterate(prompts, 4 // hosts, host=host, num_hosts=hosts)
-        go_on(share, 20 // hosts)
+        share = iterate(prompts, 4 // hosts, process=host, num_processes=hosts)
+        skip_to(share, 20 // hosts)
         found += [prompt.example.prompt for prompt in next(share)]
-        assert drawn(share) == 24 // hosts
+        assert prompts_read(share) == 24 // hosts
     assert len(found) == 4 and set(found) == expected

@@ -24,11 +24,11 @@ from occ_jax.config import (
 from occ_jax.data.chat import Message
 from occ_jax.data.examples import Example, make_prompt, prompt_text
 from occ_jax.data.pipeline import (
-    drawn,
     encode_completions,
     evaluation_prompts,
     iterate,
     pad_prompts,
+    prompts_read,
     training_prompts,
 )
 from occ_jax.data.tasks import make_example
@@ -102,12 +102,12 @@ def test_no_prompt_is_repeated_or_skipped(directory, tokenizer, seed, batch, hos
         expected = [ids(next(undisturbed)) for _ in range(steps)]
         found = []
         for host in range(hosts):
-            share = iterate(training.prompts, batch, host=host, num_hosts=hosts)
+            share = iterate(training.prompts, batch, process=host, num_processes=hosts)
             if states[host] is not None:
                 share.set_state(states[host])
             found.append([ids(next(share)) for _ in range(steps)])
             states[host] = share.get_state()
-            assert drawn(share) * hosts == drawn(undisturbed)
+            assert prompts_read(share) * hosts == prompts_read(undisturbed)
         for step in range(steps):
             together = [prompt for share in found for prompt in share[step]]
             assert together == expected[step]
@@ -219,12 +219,12 @@ def test_long_prompts_are_refused_by_name(directory, tokenizer):
     with pytest.raises(
         UserError,
         match=rf"prompt 9a9b6eb4-\d+ of dapo_math_17k has \d+ tokens; rollout.max_prompt_tokens "
-        rf"allows {limit}; of 23 prompts {long} are too long, dataset.overlong drop",
+        rf"allows {limit}; {long} of 23 prompts are too long, dataset.overlong drop",
     ):
         training_prompts(config, tokenizer)
     for overlong in ("drop", "error"):
         config = config_of(directory, max_prompt_tokens=3, overlong=overlong)
-        with pytest.raises(UserError, match="of 23 prompts 23 are too long, no other is left"):
+        with pytest.raises(UserError, match="23 of 23 prompts are too long, no prompt is left"):
             training_prompts(config, tokenizer)
 
 
@@ -243,7 +243,7 @@ def test_a_missing_set_is_answered_with_the_command(directory, tokenizer):
         evaluation_prompts(config, tokenizer, 4)
     where = directory / "data"
     assert str(caught.value) == (
-        f"no set math500 in {where} (there: aime24, dapo_math_17k); "
+        f"no set math500 in {where} (prepared sets: aime24, dapo_math_17k); "
         f"python run.py prepare math500 --source FILE --data-directory {where}"
     )
 

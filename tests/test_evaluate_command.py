@@ -186,7 +186,7 @@ def test_two_checkpoints_are_compared(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--k", "5"], "--k is 5; it must be at most --samples (4)"),
+        (["--k", "5"], "--k is 5; it must be at most the 4 answers a question has"),
         (["--k", "0"], "no positive whole number"),
         (["--samples", "1001", "--k", "8"], "--k is 8 of 1,001 samples a question"),
         (["--output", "{file}/out"], "cannot be written"),

@@ -20,7 +20,7 @@ from occ_jax.errors import UserError
 from occ_jax.evaluation import evaluate as evaluation
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, read_records
-from occ_jax.evaluation.tables import (
+from occ_jax.evaluation.summary import (
     compare_evaluations,
     comparison_cells,
     evaluation_cells,
@@ -62,7 +62,7 @@ def judge(pool, config, tokenizer, examples, tokens):
         given=[None if total % 3 == 0 else str(total) for total in flat.sum(-1).tolist()],
         failures=["timeout" if total % 5 == 0 else "" for total in flat.sum(-1).tolist()],
         seconds=0.1,
-        asked=len(flat),
+        num_judged=len(flat),
     )
     return judged.scores.reshape(tokens.shape[:2]), judged
 
@@ -166,11 +166,11 @@ def test_progress_is_told_of_what_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"policy": "4567"}, "policy '0123' there, '4567' here"),
-        ({"samples": 4}, "samples 2 there, 4 here"),
-        ({"seed": 1}, "seed 0 there, 1 here"),
-        ({"sampling": {"temperature": 0.6}}, "sampling {'temperature': 1} there"),
-        ({"verifier": "math_dapo"}, "verifier None there, 'math_dapo' here"),
+        ({"policy": "4567"}, "policy is '0123' in the file, '4567' in this evaluation"),
+        ({"samples": 4}, "samples is 2 in the file, 4 in this evaluation"),
+        ({"seed": 1}, "seed is 0 in the file, 1 in this evaluation"),
+        ({"sampling": {"temperature": 0.6}}, "sampling is {'temperature': 1} in the file"),
+        ({"verifier": "math_dapo"}, "verifier is None in the file, 'math_dapo' in this evaluation"),
     ],
 )
 def test_two_evaluations_never_mix(tmp_path, change, said):
@@ -187,7 +187,7 @@ def test_two_evaluations_never_mix(tmp_path, change, said):
 def test_other_questions_are_another_evaluation(tmp_path, other):
     path = tmp_path / "sums.jsonl"
     run(path, questions(4))
-    with pytest.raises(UserError, match="questions '"):
+    with pytest.raises(UserError, match="questions is '"):
         run(path, other)
 
 
@@ -499,8 +499,8 @@ def test_several_sets_have_a_mean_difference(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda r: [r[0], r[1]._replace(answer="5")], "q1 is with another answer"),
-        (lambda r: [r[0], r[1]._replace(id="q9")], "q1 is in one of them only"),
+        (lambda r: [r[0], r[1]._replace(answer="5")], "q1 has different answers"),
+        (lambda r: [r[0], r[1]._replace(id="q9")], "only one of them has q1"),
         (lambda r: r[::-1], "different orders"),
     ],
 )

@@ -1,9 +1,9 @@
 r"""Ten thousand hostile completions against every verifier: no hang, no crash, no false reward.
 
 Every completion is generated from a seed for an answer that it does not give, though many mention
-it. For some of `undecided` and `parts` the published rules pay, DAPO's and math-verify's; ours do
-not (docs/rewards.md). Some of each kind would stop an unprotected verifier for hours or take the
-process with it. Right completions stand among them and must all be rewarded.
+it. The published rules, DAPO's and math-verify's, pay for some of `undecided` and `parts`; ours do
+not (docs/rewards.md). Some of each kind would stop an unprotected verifier for hours or end its
+process. Right completions stand among them and must all be rewarded.
 """
 
 import os
@@ -14,10 +14,11 @@ import pytest
 
 from occ_jax.config import RewardConfig
 from occ_jax.rewards.pool import Item, VerifierPool, reward_metrics
+from occ_jax.rewards.verifiers import math_dapo
 
 COUNT, RIGHT = 10_000, 500
 DEADLINE = 1.0
-VERIFIERS = ("exact_match", "last_step", "math_dapo", "math_verify")
+VERIFIERS = ("exact_match", "last_step", "math_dapo_strict", "math_verify")
 DIGITS = str.maketrans("0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19")
 
 
@@ -185,7 +186,7 @@ def right_completion(rng, verifier, answer):
     forms = {
         "exact_match": ["%s"],
         "last_step": ["1>2>%s"],
-        "math_dapo": lines,
+        "math_dapo_strict": lines,
         "math_verify": [*lines, "It is \\boxed{%s}.", "**Answer:** %s.", "The answer is $%s$."],
     }
     before = "" if verifier == "exact_match" else "It follows.\n"
@@ -197,6 +198,14 @@ def test_generation_is_repeatable():
     assert first == second
     assert first != hostile_completions(1)
     assert all(len(text) > 1_000_000 for kind, text, _ in first if kind is megabyte)
+
+
+def test_the_published_rule_pays_for_several_answers_and_for_parts_of_one():
+    """These are the known holes of `math_dapo`; `math_dapo_strict` is held to none below."""
+    paid = {
+        kind for kind, text, answer in hostile_completions(0) if math_dapo(text, answer).score != 0
+    }
+    assert paid == {undecided, parts}
 
 
 @pytest.mark.slow
@@ -228,9 +237,9 @@ def test_hostile_completions_neither_hang_nor_crash_nor_earn(record_property):
             assert found["reward/timeouts"] + found["reward/deaths"] <= 60
     lines = [
         f"{COUNT:,} hostile completions, {RIGHT} right ones, 2 workers, {DEADLINE} s each",
-        f"{'verifier':12} {'seconds':>8} {'items/s':>9}  time-outs  deaths  errors",
+        f"{'verifier':16} {'seconds':>8} {'items/s':>9}  time-outs  deaths  errors",
         *(
-            f"{verifier:12} {found['timing_s/reward']:8.1f} "
+            f"{verifier:16} {found['timing_s/reward']:8.1f} "
             f"{found['perf/reward_throughput']:9,.0f}  {found['reward/timeouts']:9.0f}  "
             f"{found['reward/deaths']:6.0f}  {found['reward/errors']:6.0f}"
             for verifier, found in reports

@@ -88,9 +88,9 @@ def test_every_published_set_and_publisher_is_tested():
     assert {case[0] for case in cases} == set(PUBLISHED)
     named = {
         publisher
-        for found in PUBLISHED.values()
-        for layout in found.layouts
-        for publisher in layout.publisher.split(" and ")
+        for problem_set in PUBLISHED.values()
+        for columns in problem_set.columns
+        for publisher in columns.publisher.split(" and ")
     }
     # The last has the columns of Hothan's.
     assert named == {case[1] for case in cases} | {"math-ai/olympiadbench"}
@@ -186,7 +186,7 @@ MINERVA, AMC, AIME = "math-ai/minervamath", "math-ai/amc23", "HuggingFaceH4/aime
             r"{file} row 3: answer '\\frac{{1}}{{2' has unbalanced braces or dollars",
         ),
         ("amc23", changed(AMC, 4, answer="4/2"), "{file} row 5: answer '4/2' is no number"),
-        ("amc23", changed(AMC, 4, id=1), "{file} row 5: id 1 is that of {file} row 2 too"),
+        ("amc23", changed(AMC, 4, id=1), "{file} row 5: id 1 is also the id of {file} row 2"),
         ("aime24", changed(AIME, 0, answer="1000"), "row 1: answer '1000' is no integer from 0"),
         ("aime24", changed(AIME, 0, answer="3.5"), "row 1: answer '3.5' is no integer"),
         (

@@ -247,11 +247,11 @@ def test_streams_and_seeds_have_examples_of_their_own():
     assert len(set.union(*batches)) == 3 * 64
 
 
-def test_hosts_share_the_prompts_of_every_step():
+def test_processes_share_the_prompts_of_every_step():
     config = Config(task=TaskConfig(digits=8))
     prompts = training_prompts(config, DIGITS).prompts
     alone = iterate(prompts, 6)
-    shares = [iterate(prompts, 2, host=host, num_hosts=3) for host in range(3)]
+    shares = [iterate(prompts, 2, process=host, num_processes=3) for host in range(3)]
     for _ in range(3):
         step = next(alone)
         found = [next(share) for share in shares]

@@ -6,17 +6,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from occ_jax.config import Config, RewardConfig, TaskConfig
+from occ_jax.config import Config, RewardConfig, TaskConfig, Verifier
 from occ_jax.data.examples import Example
 from occ_jax.data.tokenizer import DIGITS
 from occ_jax.errors import UserError
+from occ_jax.rewards.judging import judge_completions, open_pool
 from occ_jax.rewards.pool import Item, VerifierPool, reward_metrics
-from occ_jax.rewards.scoring import judge_completions, open_pool
 
 ROOT = Path(__file__).parent.parent
 # What a completion asks for, this function does.
@@ -103,7 +104,7 @@ def test_verdicts_come_back_in_order():
 
 
 def test_jax_is_kept_out_of_the_workers(function):
-    verifiers = ("exact_match", "last_step", "math_dapo", "math_verify", function)
+    verifiers = (*typing.get_args(Verifier), function)
     with pool_of(*verifiers, workers=1) as pool:
         found = pool.judge([Item(function, "jax", ""), Item(function, "platform", "")])
     assert found.scores.tolist() == [0, 1]
@@ -395,12 +396,12 @@ def test_throughput_counts_what_verifiers_were_asked_about():
         _, judged = judge_completions(
             pool, config, DIGITS, [example], np.array([[ended, cut, cut]])
         )
-    assert (judged.asked, len(judged.failures)) == (1, 3)
+    assert (judged.num_judged, len(judged.failures)) == (1, 3)
     found = reward_metrics([judged._replace(seconds=0.5)] * 2)
     assert found["perf/reward_throughput"] == 2
 
 
 def test_a_source_that_is_not_there_is_refused():
     config = Config(reward=RewardConfig(per_source=(("aime24", "math_dapo"),)))
-    with pytest.raises(UserError, match="names 'aime24', of which nothing is trained"):
+    with pytest.raises(UserError, match="names 'aime24', which this config neither trains"):
         open_pool(config)

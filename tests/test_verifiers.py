@@ -21,9 +21,15 @@ from occ_jax.config import (
 )
 from occ_jax.errors import UserError
 from occ_jax.rewards import latex, symbolic, verifiers
-from occ_jax.rewards.scoring import verifier_of
+from occ_jax.rewards.judging import verifier_of
 from occ_jax.rewards.symbolic import math_verify
-from occ_jax.rewards.verifiers import exact_match, last_step, math_dapo, shortened
+from occ_jax.rewards.verifiers import (
+    exact_match,
+    last_step,
+    math_dapo,
+    math_dapo_strict,
+    shortened,
+)
 
 
 def accepts(verifier, answer, *completions):
@@ -54,9 +60,12 @@ def test_long_answers_are_kept_as_a_beginning_and_a_digest():
     shortened("\ud800" * 1000)
 
 
-# DAPO's rule.
+# DAPO's rule, as published and in our strict form.
+
+DAPO_RULES = (math_dapo, math_dapo_strict)
 
 
+@pytest.mark.parametrize("rule", DAPO_RULES)
 @pytest.mark.parametrize(
     "line",
     [
@@ -72,10 +81,11 @@ def test_long_answers_are_kept_as_a_beginning_and_a_digest():
         ),
     ],
 )
-def test_dapo_accepts(line):
-    assert math_dapo(f"So we get it.\n{line}", "34") == (1, "34")
+def test_dapo_accepts(rule, line):
+    assert rule(f"So we get it.\n{line}", "34") == (1, "34")
 
 
+@pytest.mark.parametrize("rule", DAPO_RULES)
 @pytest.mark.parametrize(
     "line",
     [
@@ -84,8 +94,8 @@ def test_dapo_accepts(line):
         *("Answer: **34**", "Answer: \uff13\uff14", "Answer: 3\x004", "Answer:", "Answer: -34"),
     ],
 )
-def test_dapo_rejects(line):
-    assert math_dapo(line, "34").score == 0
+def test_dapo_rejects(rule, line):
+    assert rule(line, "34").score == 0
 
 
 @pytest.mark.parametrize(
@@ -96,9 +106,9 @@ def test_dapo_rejects(line):
         *("$34$ Answer: $12$", "the area is $34$", "$34$ not $12$", "$34$ or 12", "3$ $4"),
     ],
 )
-def test_dapo_pays_for_no_second_answer(given):
-    """The published rule pays for all of these."""
-    assert math_dapo(f"Answer: {given}", "34").score == 0
+def test_only_the_published_rule_pays_for_a_second_answer(given):
+    assert math_dapo(f"Answer: {given}", "34").score == (given not in ("$12$ or $34$", "3$ $4"))
+    assert math_dapo_strict(f"Answer: {given}", "34") == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -108,20 +118,24 @@ def test_dapo_pays_for_no_second_answer(given):
         *(r"\text{3}4", r"3\boxed{4}", r"\overline{3}4", r"3\text{s}4", "3 units 4"),
     ],
 )
-def test_dapo_joins_no_digits_but_groups_of_three(given):
-    assert math_dapo(f"Answer: {given}", "34").score == 0
+def test_only_the_published_rule_joins_digits_that_are_no_groups_of_three(given):
+    assert math_dapo(f"Answer: {given}", "34") == (1, "34")
+    assert math_dapo_strict(f"Answer: {given}", "34") == (0, None)
     whole = given.replace("3", "12", 1).replace("4", "345")
     grouped = "".join(character for character in given if character not in "34")
     well_formed = grouped in (",", "{,}", " ", r"\ ")
-    assert math_dapo(f"Answer: {whole}", "12345").score == well_formed, whole
+    assert math_dapo(f"Answer: {whole}", "12345").score == 1, whole
+    assert math_dapo_strict(f"Answer: {whole}", "12345").score == well_formed, whole
 
 
-def test_dapo_takes_a_list_where_the_answer_is_one():
-    assert math_dapo("Answer: 1,2", "1,2").score == 1
-    assert math_dapo("Answer: (1, 2)", "(1,2)").score == 1
+@pytest.mark.parametrize("rule", DAPO_RULES)
+def test_dapo_takes_a_list_where_the_answer_is_one(rule):
+    assert rule("Answer: 1,2", "1,2").score == 1
+    assert rule("Answer: (1, 2)", "(1,2)").score == 1
 
 
-def test_dapo_normalises_as_minerva_does():
+@pytest.mark.parametrize("rule", DAPO_RULES)
+def test_dapo_normalises_as_minerva_does(rule):
     # Both sides: shorthand fractions and roots, thousands, units, text.
     for given, answer in (
         (r"\frac12", r"\frac{1}{2}"),
@@ -133,15 +147,16 @@ def test_dapo_normalises_as_minerva_does():
         ("7 square units", "7"),
         (r"\overline{AB}", "AB"),
     ):
-        assert math_dapo(f"Answer: {given}", answer).score == 1, given
-    assert math_dapo("Answer: 1,234.5", "1234.5").score == 0, "only whole numbers lose commas"
+        assert rule(f"Answer: {given}", answer).score == 1, given
+    assert rule("Answer: 1,234.5", "1234.5").score == 0, "only whole numbers lose commas"
 
 
-def test_dapo_reads_the_last_300_characters():
+@pytest.mark.parametrize("rule", DAPO_RULES)
+def test_dapo_reads_the_last_300_characters(rule):
     line = "Answer: 34"
-    assert math_dapo(line + "\n" + "x" * (300 - len(line) - 1), "34").score == 1
-    assert math_dapo(line + "\n" + "x" * (300 - len(line)), "34").score == 0
-    assert math_dapo("x" * 10**6 + line, "34").score == 1
+    assert rule(line + "\n" + "x" * (300 - len(line) - 1), "34").score == 1
+    assert rule(line + "\n" + "x" * (300 - len(line)), "34").score == 0
+    assert rule("x" * 10**6 + line, "34").score == 1
 
 
 # Math-verify.
@@ -482,7 +497,8 @@ def prepared(**reward):
 def test_every_source_has_its_verifier():
     config = prepared(per_source=(("own", "mine:score"),))
     chosen = {name: verifier_of(config, name) for name in ("dapo_math_17k", "aime24", "own")}
-    assert chosen == {"dapo_math_17k": "math_dapo", "aime24": "math_verify", "own": "mine:score"}
+    usual = {"dapo_math_17k": "math_dapo_strict", "aime24": "math_verify"}
+    assert chosen == {**usual, "own": "mine:score"}
     assert verifier_of(Config(), "reverse_digits") == "exact_match"
     assert verifier_of(Config(), "chained_sum") == "last_step"
     everywhere = prepared(verifier="math_verify", per_source=(("own", "exact_match"),))

@@ -18,8 +18,8 @@ from occ_jax.config import (
 )
 from occ_jax.data.examples import Example
 from occ_jax.data.tokenizer import Tokenizer
+from occ_jax.rewards.judging import judge_completions
 from occ_jax.rewards.pool import Judged, VerifierPool
-from occ_jax.rewards.scoring import judge_completions
 
 
 @functools.cache

@@ -52,16 +52,19 @@ def run_evaluate(config: Config, options: argparse.Namespace) -> None:
     import dataclasses
 
     from occ_jax.cli.evaluate import EvaluationOptions, evaluation_directory, run_evaluation
+    from occ_jax.evaluation.summary import require_ks
+    from occ_jax.rewards.judging import evaluation_sources, verifier_of
     from occ_jax.setup import open_setup
     from occ_jax.training.policy import load_policy, newest_checkpoint
 
-    for k in options.k:
-        if k > options.samples:
-            raise UserError(f"--k is {k}; it must be at most --samples ({options.samples})")
+    ks = options.k or [options.samples]
+    verifiers = [verifier_of(config, source) for source in evaluation_sources(config)]
+    # Before anything is loaded. A user's function returns no answers to count for maj@k.
+    require_ks(ks, options.samples, majorities=any(":" not in name for name in verifiers))
     evaluation = EvaluationOptions(
         num_prompts=options.prompts,
         num_samples=options.samples,
-        ks=options.k or [options.samples],
+        ks=ks,
         keep_completions=options.completions,
     )
     shared = dataclasses.asdict(evaluation)
@@ -141,16 +144,16 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
 def run_prepare(options: argparse.Namespace) -> None:
     """Stores a problem set; prints how many problems, and what was left out."""
     from occ_jax.data.prepare import find_set, prepare
-    from occ_jax.data.published import Layout
+    from occ_jax.data.published import FileColumns
 
     columns = (options.prompt_column, options.answer_column)
     described = any((*columns, options.id_column, options.answers, options.distinct))
     if described and not all(columns):
         raise UserError("your own data needs both --prompt-column and --answer-column")
-    own = Layout(*columns, options.id_column) if described else None
+    own = FileColumns(*columns, options.id_column) if described else None
     kind = KINDS[options.answers if options.answers else "text"]
     problem_set = find_set(options.name, own, kind, distinct=options.distinct)
-    target, summary = prepare(
+    target, counts = prepare(
         options.name,
         problem_set,
         options.source,
@@ -158,14 +161,14 @@ def run_prepare(options: argparse.Namespace) -> None:
         allow_row_count=options.allow_row_count,
         drop_bad_rows=options.drop_bad_rows,
     )
-    print(f"{target}: {summary.problems:,} problems of {summary.rows:,} rows")
-    if summary.repeated:
+    print(f"{target}: {counts.problems:,} problems of {counts.rows:,} rows")
+    if counts.repeated:
         print(
-            f"left out: {summary.repeated:,} rows that repeat a prompt, "
-            f"{summary.contradicted:,} of them with another answer"
+            f"left out: {counts.repeated:,} rows that repeat a prompt, "
+            f"{counts.contradicted:,} of them with another answer"
         )
-    if summary.bad:
-        print(f"left out: {summary.bad:,} rows whose answer does not parse")
+    if counts.bad:
+        print(f"left out: {counts.bad:,} rows whose answer does not parse")
 
 
 def run_convert(options: argparse.Namespace) -> None:

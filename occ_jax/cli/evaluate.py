@@ -15,14 +15,14 @@ from occ_jax.config import Config
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import evaluation_prompts
 from occ_jax.errors import UserError
-from occ_jax.evaluation import tables
+from occ_jax.evaluation import summary
 from occ_jax.evaluation.evaluate import call_of, evaluate, set_key
 from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
 from occ_jax.parallel.exchange import is_first_process, on_first_process
 from occ_jax.progress import Progress
-from occ_jax.rewards.scoring import verifier_of
+from occ_jax.rewards.judging import verifier_of
 from occ_jax.setup import Setup
 from occ_jax.tables import markdown_table, print_table
 from occ_jax.training.run_directory import RunDirectory
@@ -67,21 +67,18 @@ def run_evaluation(
         options: how many questions and answers, and which figures.
 
     Raises:
-        UserError: `output` holds records of other parameters, questions or settings; a k is too
-            large, or too small for so many samples.
+        UserError: `output` holds records of other parameters, questions or settings.
     """
     config, num_prompts, ks = setup.config, options.num_prompts, options.ks
     if num_prompts is None:
         num_prompts = sys.maxsize if config.dataset.name else _TASK_QUESTIONS
     sets = evaluation_prompts(config, setup.tokenizer, num_prompts)
-    voted = any(":" not in verifier_of(config, name) for name in sets)
-    tables.require_ks(ks, options.num_samples, majorities=voted)  # before anything is sampled
     records = _evaluate_into(output, setup, params, sets, options)
 
     def conclude() -> None:
-        figures = {"checkpoint": str(checkpoint), **tables.evaluation_report(records, ks)}
-        cells = tables.evaluation_cells(figures)
-        _write(output, "summary", figures, cells, f"# {checkpoint}", tables.NOTE)
+        figures = {"checkpoint": str(checkpoint), **summary.evaluation_report(records, ks)}
+        cells = summary.evaluation_cells(figures)
+        _write(output, "summary", figures, cells, f"# {checkpoint}", summary.NOTE)
         print(f"records, summary.json and summary.md in {output}")
 
     on_first_process(conclude)
@@ -93,10 +90,10 @@ def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> 
     Raises:
         UserError: one is missing or unfinished, or they are of different questions.
     """
-    comparison = tables.compare_evaluations(
-        tables.read_evaluation(a), tables.read_evaluation(b), ks
+    comparison = summary.compare_evaluations(
+        summary.read_evaluation(a), summary.read_evaluation(b), ks
     )
-    note = tables.COMPARISON_NOTE
+    note = summary.COMPARISON_NOTE
     for name, settings in comparison["settings"].items():
         listed = ", ".join(
             f"{key} {ours!r} / {theirs!r}" for key, (ours, theirs) in settings.items()
@@ -106,7 +103,7 @@ def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> 
         output,
         "comparison",
         comparison,
-        tables.comparison_cells(comparison),
+        summary.comparison_cells(comparison),
         f"# A {a}, B {b}",
         note,
     )

@@ -26,7 +26,7 @@ Aggregation = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 TaskName = Literal["reverse_digits", "sort_digits", "addition", "chained_sum"]
-Verifier = Literal["exact_match", "last_step", "math_dapo", "math_verify"]
+Verifier = Literal["exact_match", "last_step", "math_dapo", "math_dapo_strict", "math_verify"]
 Thinking = Literal["template", "on", "off"]
 
 _T = TypeVar("_T")
@@ -184,8 +184,8 @@ class RolloutConfig:
 class RewardConfig:
     """How completions are scored (`occ_jax.rewards`).
 
-    A verifier is exact_match, last_step, math_dapo, math_verify, or a function of your own, written
-    package.module:function or path/to/file.py:function.
+    A verifier is exact_match, last_step, math_dapo, math_dapo_strict, math_verify, or a function of
+    your own, written package.module:function or path/to/file.py:function.
     """
 
     verifier: str | None = None

@@ -1,1 +1,1 @@
-"""Where prompts come from: tasks, the tokenizer, grain pipelines."""
+"""Prompts: digit tasks, prepared sets, tokenizers and grain pipelines."""

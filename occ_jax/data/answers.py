@@ -1,7 +1,7 @@
-"""Right answers as publishers write them, checked and brought to the form that verifiers read.
+"""Parsers of right answers: from a publisher's value to the text that verifiers read.
 
-Each function takes a value from a file to the answer's text, and raises ValueError, with what is
-wrong, where it is none of its kind.
+Each function returns the answer's text. It raises ValueError if the value is not of its kind; the
+message completes the sentence "column 'value' ...". Leaves comparison to the verifiers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+_MAX_EXPONENT = 100  # of ten, in an answer that is a number
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# AIME answers are integers, yet one mirror of 2025 leaves the degree sign on an angle.
+# AIME answers are integers, but one mirror of 2025 keeps the degree sign of an angle.
 _DEGREES = re.compile(r"\^\s*(\{\s*\\circ\s*\}|\\circ)$|°$")
 _BRACES = re.compile(r"\\.|[{}$]", re.DOTALL)
 
 
 def any_text(value: Any) -> str:
-    """The answer as it stands."""
+    """The answer, unchanged."""
     text = str(value).strip()
     if not text:
         raise ValueError("is empty")
@@ -26,17 +27,17 @@ def any_text(value: Any) -> str:
 
 
 def number(value: Any) -> str:
-    """A decimal number; whole ones lose their fraction: "27.0" is "27"."""
+    """A decimal number; a whole number loses its fraction: "27.0" is "27"."""
     text = _THOUSANDS.sub("", any_text(value))
     try:
-        found = Decimal(text)
+        parsed = Decimal(text)
     except InvalidOperation:
-        found = Decimal("nan")
-    # No problem's answer has more digits, and "1e999999999" would fill the memory.
-    if not found.is_finite() or abs(found.adjusted()) > 100:
+        parsed = Decimal("nan")
+    # No answer has more digits, and "1e999999999" would fill the memory.
+    if not parsed.is_finite() or abs(parsed.adjusted()) > _MAX_EXPONENT:
         raise ValueError("is no number")
-    whole = found == found.to_integral_value()
-    return str(int(found)) if whole else format(found.normalize(), "f")
+    whole = parsed == parsed.to_integral_value()
+    return str(int(parsed)) if whole else format(parsed.normalize(), "f")
 
 
 def integer(value: Any) -> str:
@@ -56,7 +57,7 @@ def aime(value: Any) -> str:
 
 
 def gsm8k(value: Any) -> str:
-    """The number after the "####" that ends a worked solution."""
+    """The number after the last "####" of a worked solution."""
     _, mark, last = any_text(value).rpartition("####")
     if not mark:
         raise ValueError('has no "####" before its last number')
@@ -64,7 +65,7 @@ def gsm8k(value: Any) -> str:
 
 
 def latex(value: Any) -> str:
-    """An expression, or a list of several; dollars around the whole of it are dropped."""
+    """One LaTeX expression or a list of them; a pair of dollars around all of it is removed."""
     parts = value if isinstance(value, list) else [value]
     if not parts:
         raise ValueError("is an empty list")
@@ -90,4 +91,4 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "integer": integer,
     "latex": latex,
 }
-"""What a user's own answers can be declared to be."""
+"""The kinds that a user can declare for the answers of their own data."""

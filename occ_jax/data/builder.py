@@ -1,4 +1,8 @@
-"""The TFDS builder of problem sets. Importing it imports TFDS, which writing alone needs."""
+"""The TFDS builder that writes prepared sets.
+
+Importing this module imports TFDS's writing side, so only `occ_jax.data.prepare` does, when it
+writes. Leaves checking rows to `occ_jax.data.prepare` and reading to `occ_jax.data.prepared`.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,15 @@ from occ_jax.data.examples import Example
 from occ_jax.data.prepared import SPLIT, VERSION
 
 
-class _ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Problems in the order given, as records of text."""
+class _SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Problems as records of text, in the order of `examples`."""
 
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(
         self, name: str, examples: Sequence[Example], files: Sequence[str], **options: Any
     ) -> None:
-        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (of the class, elsewhere)
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (TFDS sets it on the class)
         self._examples = examples
         self._files = list(files)
         super().__init__(**options)
@@ -36,7 +40,7 @@ class _ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(
                 {
                     "id": text,
-                    "problem": text,  # empty where the publisher ships whole messages
+                    "problem": text,  # empty if the publisher ships whole conversations
                     "messages": tfds.features.Sequence({"role": text, "content": text}),
                     "answer": text,
                 }
@@ -54,7 +58,7 @@ class _ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if isinstance(example.prompt, str):
                 record["problem"] = example.prompt
             else:
-                record["messages"] = [turn._asdict() for turn in example.prompt]
+                record["messages"] = [message._asdict() for message in example.prompt]
             yield index, record
 
 
@@ -63,12 +67,12 @@ def write_set(
 ) -> None:
     """Writes a set as array records under `directory`/`name`, whole or not at all.
 
-    Array records, as TFDS's Parquet writer loses rows without a word.
+    The format is array records because TFDS's Parquet writer loses rows without an error.
     """
     tfds.disable_progress_bar()
     directory.mkdir(parents=True, exist_ok=True)
-    builder = _ProblemSet(
+    builder = _SetBuilder(
         name, examples, files, data_dir=str(directory), file_format="array_record"
     )
-    with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_dir=nowhere)
+    with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_dir=unused)

@@ -1,7 +1,7 @@
-"""Chat templates: messages to text, as the checkpoint's authors wrote them down.
+"""Chat templates: from messages to the text that a checkpoint was trained on.
 
-A template is a program that came with the weights, so it runs in jinja's sandbox, where it can
-read what it is given and nothing else.
+A template is a program that comes with the weights, so it runs in jinja's sandbox and can read
+only its arguments. Leaves tokenising to `occ_jax.data.tokenizer`.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ class Message(NamedTuple):
 
 
 RenderChat = Callable[..., str]
-"""(messages, *, add_generation_prompt=True, **variables) to text that ends, with the prompt, where
-the model's turn begins."""
+"""(messages, *, add_generation_prompt=True, **variables) to text.
+
+With a generation prompt, the text ends at the beginning of the model's turn.
+"""
 
 
 def load_chat_template(
     directory: Path, configured: Any, special_tokens: dict[str, str]
 ) -> RenderChat:
-    """The chat template of a checkpoint.
+    """Loads the chat template of a checkpoint.
 
     Args:
-        directory: the checkpoint; its chat_template.jinja goes before `configured`.
-        configured: "chat_template" of its tokenizer_config.json: a template, a list of named ones
-            of which "default" is taken, or None.
-        special_tokens: what a template may spell, such as {"bos_token": "<s>"}.
+        directory: the checkpoint; its chat_template.jinja takes precedence over `configured`.
+        configured: "chat_template" of its tokenizer_config.json: a template, a list of named
+            templates of which "default" is used, or None.
+        special_tokens: variables for the template, such as {"bos_token": "<s>"}.
 
     Returns:
-        A function that renders. Without a template, one that raises: a checkpoint needs one only
-        where chats are rendered.
+        A function that renders. It raises UserError if the checkpoint has no template, or if the
+        template refuses the messages.
 
     Raises:
-        UserError: the template is no valid program. The function: a template is needed and
-            missing, or refuses the messages.
+        UserError: the template is no valid program.
     """
     path = directory / "chat_template.jinja"
     if path.is_file():
@@ -71,7 +72,7 @@ def load_chat_template(
         }
         try:
             return render(**context)
-        except Exception as error:  # a program of others: it may raise anything
+        except Exception as error:  # a template may raise anything
             raise UserError(
                 f"the chat template of {origin} refuses a conversation of roles "
                 f"{', '.join(message.role for message in messages)}: {one_line(error)}"
@@ -88,14 +89,14 @@ def _default(configured: Any) -> str | None:
 
 
 def _compile(source: str, origin: str) -> Callable[..., str]:
-    """A template in the environment that templates are written for."""
+    """Compiles a template in the environment that templates are written for."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what the model said, for others' loss masks; text as any other."""
+        """Ignores {% generation %}, which marks the model's text for loss masks of other code."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,7 @@
-"""One record for generated tasks and prepared sets: nothing after them cares which it is."""
+"""The problem records that generated tasks and prepared sets share, and prompts made of them.
+
+Leaves generating and reading problems to `occ_jax.data.tasks` and `occ_jax.data.prepared`.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,21 @@ class Example(NamedTuple):
     """One verifiable problem."""
 
     prompt: str | tuple[Message, ...]  # a problem's text, or the whole conversation as published
-    answer: str  # the right one, as a verifier reads it
-    source: str  # the task or prepared set it is of
+    answer: str  # the right answer, in the form that verifiers read
+    source: str  # name of its task or prepared set
     id: str  # unique within its source
-    completion: str = ""  # a right one with every intermediate step, where known (digit tasks)
+    completion: str = ""  # a right completion with every intermediate step (digit tasks only)
 
 
 class Prompt(NamedTuple):
-    """An example as the policy reads it."""
+    """An example with the tokens that the policy reads."""
 
     example: Example
     tokens: tuple[int, ...]
 
 
 def make_prompt(config: Config, tokenizer: Tokenizer, example: Example) -> Prompt:
-    """Templates and tokenises; digit tasks and `dataset.chat` False take the text as it is.
+    """Templates and tokenises an example; digit tasks and `dataset.chat` False use no template.
 
     Raises:
         UserError: the tokenizer cannot spell the text, or has no chat template.
@@ -44,18 +47,18 @@ def make_prompt(config: Config, tokenizer: Tokenizer, example: Example) -> Promp
 
 
 def prompt_text(config: Config, example: Example) -> str:
-    """What is asked, without roles and special tokens: for people, logs and models without chat."""
+    """The prompt without roles and special tokens: for logs and for models without a template."""
     if not config.dataset.name and isinstance(example.prompt, str):
         return example.prompt
-    return "\n\n".join(turn.content for turn in _conversation(config.dataset, example))
+    return "\n\n".join(message.content for message in _conversation(config.dataset, example))
 
 
 def _conversation(dataset: DatasetConfig, example: Example) -> tuple[Message, ...]:
     if isinstance(example.prompt, str):
         # Not str.format: problems and templates are full of LaTeX's braces.
-        turns = (Message("user", dataset.template.replace("{problem}", example.prompt)),)
+        messages = (Message("user", dataset.template.replace("{problem}", example.prompt)),)
     else:
-        turns = example.prompt
-    if dataset.system and turns[0].role != "system":
-        return (Message("system", dataset.system), *turns)
-    return turns
+        messages = example.prompt
+    if dataset.system and messages[0].role != "system":
+        return (Message("system", dataset.system), *messages)
+    return messages

@@ -1,4 +1,8 @@
-"""Grain pipelines: from examples to batches of prompts, resumable at the exact next one."""
+"""Grain pipelines: from examples to batches of prompts, resumable at the exact next prompt.
+
+Leaves problems to `occ_jax.data.tasks` and `occ_jax.data.prepared`, and sampling to
+`occ_jax.rollout`.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,20 @@ from occ_jax.data.tasks import Split, completion_tokens, make_example, prompt_to
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
 
-# Generated on demand, so the length only has to exceed what any run consumes.
+# Tasks generate on demand, so the length only has to exceed the prompts of any run.
 _ENDLESS = 2**31 - 1
 
 
 class TrainingPrompts(NamedTuple):
-    """What a run trains on."""
+    """The training prompts of a run."""
 
     prompts: grain.MapDataset[Prompt]  # endless, in the order of training
-    epoch: int | None  # prompts until all have come; None for a task, which makes new ones
-    overlong: int  # prompts of the set left out for their length
+    epoch: int | None  # prompts an epoch; None for a task, whose prompts are always new
+    overlong: int  # prompts of the set that are left out, as they are too long
 
 
 class TaskSource:
-    """Random access to a split, as grain's `RandomAccessDataSource` asks for."""
+    """Random access to a split, a `RandomAccessDataSource` of grain."""
 
     def __init__(self, config: TaskConfig, split: Split, stream: int) -> None:
         self._config = config
@@ -47,10 +51,10 @@ class TaskSource:
 
 
 def training_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
-    """The prompts of a run, in an order that `run.seed` decides.
+    """The training prompts of a run, in an order that `run.seed` decides.
 
     Raises:
-        UserError: the prepared set is not there or damaged, or holds prompts too long for
+        UserError: the prepared set is missing or damaged, or holds prompts longer than
             `rollout.max_prompt_tokens` that `dataset.overlong` does not leave out.
     """
     if config.dataset.name:
@@ -59,30 +63,31 @@ def training_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
 
 
 def _set_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
-    """A prepared set: every prompt once an epoch, every epoch in an order of its own.
+    """Prompts of a prepared set: each once an epoch, in a new order every epoch.
 
     The whole set is templated and tokenised once to know its lengths, and again prompt by prompt
-    as training asks for them: seconds for tens of thousands, and only numbers stay in memory.
+    when training reads them: that takes seconds for tens of thousands, and only indices stay in
+    memory.
     """
     dataset = config.dataset
     examples = open_set(Path(dataset.directory), dataset.name)
-    kept: list[int] = []
-    long: list[Prompt] = []
+    fitting: list[int] = []
+    overlong: list[Prompt] = []
     for index in range(examples.size):
         prompt = make_prompt(config, tokenizer, examples.example(index))
         if len(prompt.tokens) > prompt_columns(config):
-            long.append(prompt)
+            overlong.append(prompt)
         else:
-            kept.append(index)
-    if long and (dataset.overlong == "error" or not kept):
-        remedy = "dataset.overlong drop leaves them out" if kept else "no other is left"
+            fitting.append(index)
+    if overlong and (dataset.overlong == "error" or not fitting):
+        remedy = "dataset.overlong drop leaves them out" if fitting else "no prompt is left"
         raise UserError(
-            f"{_too_long(long[0], prompt_columns(config))}; of {examples.size:,} prompts "
-            f"{len(long):,} are too long, {remedy}"
+            f"{_too_long(overlong[0], prompt_columns(config))}; {len(overlong):,} of "
+            f"{examples.size:,} prompts are too long, {remedy}"
         )
-    order = grain.MapDataset.source(kept).seed(config.run.seed).shuffle().repeat()
+    order = grain.MapDataset.source(fitting).seed(config.run.seed).shuffle().repeat()
     prompts = order.map(lambda index: make_prompt(config, tokenizer, examples.example(index)))
-    return TrainingPrompts(prompts, len(kept), len(long))
+    return TrainingPrompts(prompts, len(fitting), len(overlong))
 
 
 def _too_long(prompt: Prompt, width: int) -> str:
@@ -104,78 +109,83 @@ def task_prompts(config: Config, tokenizer: Tokenizer, stream: int) -> grain.Map
 
 
 def iterate(
-    prompts: grain.MapDataset[Prompt], batch_size: int, *, host: int = 0, num_hosts: int = 1
+    prompts: grain.MapDataset[Prompt], batch_size: int, *, process: int = 0, num_processes: int = 1
 ) -> grain.DatasetIterator[list[Prompt]]:
-    """Batches of prompts of one host of several.
+    """Batches of the prompts that one process samples.
 
-    Of the H·B prompts that a step takes from the common order, host h of H gets B in a row, from
-    h·B on: the hosts' batches one after the other are the batch of a run of one host, whatever H
-    is and wherever epochs end. The iterator's state is one integer, the same on every host.
+    A step takes H·B prompts from the common order, and process h of H gets B consecutive ones, from
+    h·B on. So the processes' batches, one after the other, are the batch of a run of one process,
+    for any H and wherever epochs end. The iterator's state is one integer, the same on every
+    process.
 
     Args:
         prompts: endless.
-        batch_size: B, prompts a host and step.
-        host: h, this process's index.
-        num_hosts: H.
+        batch_size: B, prompts a process and step.
+        process: h, the index of this process.
+        num_processes: H.
     """
-    mine = prompts
-    if num_hosts > 1:
-        mine = grain.MapDataset.source(_Share(prompts, batch_size, host, num_hosts))
-    endless = mine.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    if num_processes > 1:
+        prompts = grain.MapDataset.source(
+            _ProcessPrompts(prompts, batch_size, process, num_processes)
+        )
+    endless = prompts.to_iter_dataset(grain.ReadOptions(num_threads=0))
     return iter(endless.batch(batch_size, batch_fn=list))
 
 
-class _Share:
-    """One host's prompts, as grain's `RandomAccessDataSource` asks for."""
+class _ProcessPrompts:
+    """The prompts of one process, a `RandomAccessDataSource` of grain."""
 
     def __init__(
-        self, prompts: grain.MapDataset[Prompt], batch_size: int, host: int, num_hosts: int
+        self, prompts: grain.MapDataset[Prompt], batch_size: int, process: int, num_processes: int
     ) -> None:
-        self._prompts, self._size, self._host, self._hosts = prompts, batch_size, host, num_hosts
+        self._prompts, self._size = prompts, batch_size
+        self._process, self._num_processes = process, num_processes
 
     def __len__(self) -> int:
-        return len(self._prompts) // self._hosts
+        return len(self._prompts) // self._num_processes
 
     def __getitem__(self, index: int) -> Prompt:
-        step, place = divmod(int(index), self._size)
-        prompt = self._prompts[(step * self._hosts + self._host) * self._size + place]
-        assert prompt is not None  # of a data set without filters
+        step, position = divmod(int(index), self._size)
+        batch = step * self._num_processes + self._process
+        prompt = self._prompts[batch * self._size + position]
+        assert prompt is not None  # a data set without filters has no gaps
         return prompt
 
     def __repr__(self) -> str:
-        return f"_Share({self._size}, {self._host}, {self._hosts})"
+        return f"_ProcessPrompts({self._size}, {self._process}, {self._num_processes})"
 
 
-def drawn(batches: grain.DatasetIterator[list[Prompt]]) -> int:
-    """Prompts that an iterator of `iterate` has yielded since the run began."""
+def prompts_read(batches: grain.DatasetIterator[list[Prompt]]) -> int:
+    """Number of prompts that an iterator of `iterate` has yielded since the run began."""
     return int(batches.get_state()["next_index"])
 
 
-def go_on(batches: grain.DatasetIterator[list[Prompt]], drawn: int) -> None:
-    """Moves an iterator of `iterate` behind the first `drawn` prompts of its host."""
-    batches.set_state({"next_index": drawn})
+def skip_to(batches: grain.DatasetIterator[list[Prompt]], prompts_read: int) -> None:
+    """Moves an iterator of `iterate` behind the first `prompts_read` prompts of its process."""
+    batches.set_state({"next_index": prompts_read})
 
 
 def evaluation_prompts(config: Config, tokenizer: Tokenizer, count: int) -> dict[str, list[Prompt]]:
-    """The first `count` prompts of each evaluation set by its name, the same for every run.
+    """The first `count` prompts of each evaluation set, by the set's name; the same for every run.
 
     Raises:
-        UserError: a prepared set is not there or damaged, or one of its prompts is longer than
-            `rollout.max_prompt_tokens`: a benchmark without its long questions is another one.
+        UserError: a prepared set is missing or damaged, or one of its prompts is longer than
+            `rollout.max_prompt_tokens`: long questions are not left out, as that would change the
+            benchmark.
     """
     directory = Path(config.dataset.directory)
     if config.dataset.name:
         sets = {name: open_set(directory, name) for name in config.dataset.evaluation}
-        found = {
+        prompts_of = {
             name: [
                 make_prompt(config, tokenizer, examples.example(index))
                 for index in range(min(count, examples.size))
             ]
             for name, examples in sets.items()
         }
-        for prompts in found.values():
+        for prompts in prompts_of.values():
             _require_fit(prompts, prompt_columns(config))
-        return found
+        return prompts_of
     return {
         config.task.name: [
             make_prompt(config, tokenizer, make_example(config.task, "evaluation", index))
@@ -185,7 +195,7 @@ def evaluation_prompts(config: Config, tokenizer: Tokenizer, count: int) -> dict
 
 
 def prompt_columns(config: Config) -> int:
-    """P, the width that prompts are padded to."""
+    """P, the number of columns that prompts are padded to."""
     width = config.rollout.max_prompt_tokens
     return width if width > 0 else prompt_tokens(config.task)
 
@@ -215,13 +225,13 @@ def _require_fit(prompts: Sequence[Prompt], width: int) -> None:
 def encode_completions(
     config: TaskConfig, tokenizer: Tokenizer, examples: Sequence[Example]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded right completions, each closed by the end-of-sequence token.
+    """Right completions with the end-of-sequence token, padded on the right.
 
     Returns:
         int32 tokens [N, R'] and bool validity [N, R'], R' = `completion_tokens(config)`.
 
     Raises:
-        UserError: the tokenizer needs more than a token a character.
+        UserError: the tokenizer needs more than one token a character.
     """
     width = completion_tokens(config)
     rows = [[*tokenizer.encode(e.completion), tokenizer.eos_ids[0]] for e in examples]
@@ -237,7 +247,7 @@ def encode_completions(
 def pad(
     rows: Sequence[Sequence[int]], width: int, pad_id: int, *, left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token ids as int32 [N, width] and their validity, padded on one side."""
+    """Pads rows of token ids on one side: int32 [N, width] and their bool validity."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     valid = np.zeros((len(rows), width), bool)
     for index, row in enumerate(rows):

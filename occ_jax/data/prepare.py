@@ -1,7 +1,7 @@
 """From publishers' files to a prepared set: read, check every row, drop repetitions, write.
 
-Nothing is written before every row of every file has passed, and nothing that is there is ever
-overwritten. Reading prepared sets is left to `occ_jax.data.prepared`.
+Nothing is written before every row of every file has passed all checks, and an existing set is
+never overwritten. Leaves reading prepared sets to `occ_jax.data.prepared`.
 """
 
 from __future__ import annotations
@@ -15,210 +15,218 @@ from typing import Any, NamedTuple
 from occ_jax.data.chat import Message
 from occ_jax.data.examples import Example
 from occ_jax.data.prepared import set_directory
-from occ_jax.data.published import PUBLISHED, Layout, PublishedSet
-from occ_jax.data.rows import Row, column_names, read_rows
+from occ_jax.data.published import PUBLISHED, FileColumns, ProblemSet
+from occ_jax.data.rows import FileRow, column_names, read_file_rows
 from occ_jax.errors import UserError
 
 
-class Summary(NamedTuple):
-    """What became of the rows."""
+class RowCounts(NamedTuple):
+    """How many rows were read, kept and left out."""
 
     rows: int  # read
     problems: int  # kept
-    repeated: int  # left out: an earlier row has the same prompt
-    contradicted: int  # of those, with another answer than the earlier row
-    bad: int  # left out: the answer does not parse
+    repeated: int  # left out, as an earlier row has the same prompt
+    contradicted: int  # those of `repeated` whose answer differs from the earlier row's
+    bad: int  # left out, as the answer does not parse
 
 
 def find_set(
-    name: str, own: Layout | None, read_answer: Callable[[Any], str], *, distinct: bool = False
-) -> PublishedSet:
-    """The published set of a name, or one of a user's own with the columns of `own`.
+    name: str, own: FileColumns | None, read_answer: Callable[[Any], str], *, distinct: bool = False
+) -> ProblemSet:
+    """Finds a published set by its name, or describes a user's own set.
 
     Args:
-        name: of the prepared set.
-        own: the columns of a user's own files; None for a published set.
-        read_answer: checks a user's own answers.
-        distinct: keep only the first of a user's own rows with equal prompts.
+        name: of the set.
+        own: columns of the user's own files; None for a published set.
+        read_answer: parser of the user's own answers.
+        distinct: keep only the first of the user's own rows with equal prompts.
 
     Raises:
-        UserError: the name is of neither, of both, or no name.
+        UserError: the name is not well-formed, is no published set although `own` is None, or is a
+            published set although `own` is given.
     """
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) is None:
         raise UserError(f"{name!r} is no name for a set: use lower-case letters, digits and _")
     if own is None and name not in PUBLISHED:
         close = difflib.get_close_matches(name, PUBLISHED, cutoff=0.5)
-        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        suggestion = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(
-            f"{name} is no published set ({', '.join(PUBLISHED)}); {meant}Your own data needs "
+            f"{name} is no published set ({', '.join(PUBLISHED)}); {suggestion}Your own data needs "
             "--prompt-column and --answer-column"
         )
     if own is not None and name in PUBLISHED:
         raise UserError(
             f"{name} is a published set with columns of its own; give your data another name"
         )
-    return PUBLISHED[name] if own is None else PublishedSet((), read_answer, (own,), distinct)
+    return PUBLISHED[name] if own is None else ProblemSet((), read_answer, (own,), distinct)
 
 
 def prepare(
     name: str,
-    found: PublishedSet,
+    problem_set: ProblemSet,
     files: Sequence[Path],
     directory: Path,
     *,
     allow_row_count: bool = False,
     drop_bad_rows: bool = False,
-) -> tuple[Path, Summary]:
+) -> tuple[Path, RowCounts]:
     """Reads, checks and writes a set.
 
     Args:
         name: of the set, and of its directory.
-        found: from `find_set`.
+        problem_set: the set's description, from `find_set`.
         files: Parquet or JSON lines, in the order of the set.
-        directory: where prepared sets are kept.
-        allow_row_count: take a published set with another number of problems.
+        directory: of all prepared sets.
+        allow_row_count: accept a published set with another number of problems.
         drop_bad_rows: leave out rows whose answer does not parse, instead of refusing the file.
 
     Returns:
-        Where the set lies, and what became of the rows.
+        The directory of the set, and the counts of its rows.
 
     Raises:
-        UserError: the set is there already, a file cannot be read, or a row is not as it should be.
+        UserError: the set exists already, a file cannot be read, or a row is not well-formed.
     """
     target = set_directory(directory, name)
     if target.exists():
         raise UserError(f"{target} is prepared already; delete it to prepare {name} anew")
-    examples, summary = _read(name, found, files, drop_bad_rows)
-    _check_count(name, found, files, summary, allow_row_count)
+    examples, counts = _read(name, problem_set, files, drop_bad_rows)
+    _check_count(name, problem_set, files, counts, allow_row_count)
     from occ_jax.data.builder import write_set  # imports TFDS
 
     try:
         write_set(directory, name, examples, [file.name for file in files])
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
-    return target, summary
+    return target, counts
 
 
 def _read(
-    name: str, found: PublishedSet, files: Sequence[Path], drop_bad_rows: bool
-) -> tuple[list[Example], Summary]:
-    """All examples of all files, every one checked."""
+    name: str, problem_set: ProblemSet, files: Sequence[Path], drop_bad_rows: bool
+) -> tuple[list[Example], RowCounts]:
+    """Reads and checks all examples of all files."""
     examples: dict[str | tuple[Message, ...] | int, Example] = {}
     owners: dict[str, str] = {}
     rows = repeated = contradicted = bad = 0
-    for row, layout in _rows(found, name, files):
+    for row, columns in _rows(problem_set, name, files):
         rows += 1
-        prompt = _prompt(row, layout)
-        answer = _answer(row, layout, found.read_answer)
+        prompt = _prompt(row, columns)
+        answer = _answer(row, columns, problem_set.read_answer)
         if isinstance(answer, UserError):
             if not drop_bad_rows:
                 raise answer
             bad += 1
             continue
-        if found.distinct and prompt in examples:
+        if problem_set.distinct and prompt in examples:
             repeated += 1
             contradicted += examples[prompt].answer != answer
             continue
-        identity = _identity(row, layout, rows)
+        identity = _identity(row, columns, rows)
         if identity in owners:
-            raise row.error(f"id {identity} is that of {owners[identity]} too")
+            raise row.error(f"id {identity} is also the id of {owners[identity]}")
         owners[identity] = f"{row.file} row {row.number}"
-        key = prompt if found.distinct else rows
+        key = prompt if problem_set.distinct else rows
         examples[key] = Example(prompt, answer, source=name, id=identity)
-    summary = Summary(rows, len(examples), repeated, contradicted, bad)
-    return list(examples.values()), summary
+    counts = RowCounts(rows, len(examples), repeated, contradicted, bad)
+    return list(examples.values()), counts
 
 
-def _rows(found: PublishedSet, name: str, files: Sequence[Path]) -> Iterator[tuple[Row, Layout]]:
-    """Every row with the layout of its file, all files' columns checked before the first row."""
-    layouts = [_layout_of(found, name, file) for file in files]
-    for file, (layout, columns) in zip(files, layouts, strict=True):
-        for row in read_rows(file, columns):
-            yield row, layout
+def _rows(
+    problem_set: ProblemSet, name: str, files: Sequence[Path]
+) -> Iterator[tuple[FileRow, FileColumns]]:
+    """Yields every row with its file's columns; all files' columns are checked first."""
+    columns_of_files = [_match_columns(problem_set, name, file) for file in files]
+    for file, (columns, names) in zip(files, columns_of_files, strict=True):
+        for row in read_file_rows(file, names):
+            yield row, columns
 
 
-def _layout_of(found: PublishedSet, name: str, file: Path) -> tuple[Layout, list[str]]:
-    """The layout whose prompt and answer columns a file has, and the columns to read."""
-    there = column_names(file)
-    for layout in found.layouts:
-        needed, optional = _columns(layout)
-        if set(needed) <= set(there):
-            return layout, [*needed, *(column for column in optional if column in there)]
-    wanted = " or ".join(
-        " and ".join(_columns(layout)[0]) + (f" ({layout.publisher})" if layout.publisher else "")
-        for layout in found.layouts
+def _match_columns(problem_set: ProblemSet, name: str, file: Path) -> tuple[FileColumns, list[str]]:
+    """The set's columns that a file has, and the names of those to read."""
+    present = column_names(file)
+    for columns in problem_set.columns:
+        required, optional = _split_required(columns)
+        if set(required) <= set(present):
+            return columns, [*required, *(column for column in optional if column in present)]
+    allowed = " or ".join(
+        " and ".join(_split_required(columns)[0])
+        + (f" ({columns.publisher})" if columns.publisher else "")
+        for columns in problem_set.columns
     )
-    raise UserError(f"{file} has columns {', '.join(there)}; {name} needs {wanted}")
+    raise UserError(f"{file} has columns {', '.join(present)}; {name} needs {allowed}")
 
 
-def _columns(layout: Layout) -> tuple[list[str], list[str]]:
-    """The columns that must be there, and those that are read where they are."""
-    needed, optional = [layout.prompt, layout.answer], [layout.context]
-    # An id column that the user named is meant; publishers' mirrors may lack theirs.
-    (optional if layout.publisher else needed).append(layout.id)
-    return [_column(path) for path in needed if path], [_column(path) for path in optional if path]
+def _split_required(columns: FileColumns) -> tuple[list[str], list[str]]:
+    """Names of the required columns, and of the optional ones."""
+    required, optional = [columns.prompt, columns.answer], [columns.context]
+    # A user names the id column on purpose; publishers' mirrors may lack theirs.
+    (optional if columns.publisher else required).append(columns.id)
+    return _column_names(required), _column_names(optional)
+
+
+def _column_names(paths: Sequence[str]) -> list[str]:
+    return [_column(path) for path in paths if path]
 
 
 def _column(path: str) -> str:
     return path.partition(".")[0]
 
 
-def _prompt(row: Row, layout: Layout) -> str | tuple[Message, ...]:
-    value = row.at(layout.prompt)
+def _prompt(row: FileRow, columns: FileColumns) -> str | tuple[Message, ...]:
+    value = row.value(columns.prompt)
     if isinstance(value, str):
-        context = row.values.get(layout.context) or ""
+        context = row.values.get(columns.context) or ""
         text = f"{context}\n{value}" if str(context).strip() else value
-        return _text(row, layout.prompt, text)
+        return _text(row, columns.prompt, text)
     if not isinstance(value, list) or not value:
-        raise row.error(f"{layout.prompt} is neither a text nor a list of messages")
-    turns: list[Message] = []
-    for turn in value:
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise row.error(f"{layout.prompt} holds a message without role or content")
-        turns.append(
+        raise row.error(f"{columns.prompt} is neither a text nor a list of messages")
+    messages: list[Message] = []
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise row.error(f"{columns.prompt} holds a message without role or content")
+        messages.append(
             Message(
-                _text(row, f"a role in {layout.prompt}", turn["role"]),
-                _text(row, f"a content in {layout.prompt}", turn["content"]),
+                _text(row, f"a role in {columns.prompt}", message["role"]),
+                _text(row, f"a content in {columns.prompt}", message["content"]),
             )
         )
-    if turns[-1].role != "user":
-        raise row.error(f"{layout.prompt} ends with a turn of {turns[-1].role}, not of user")
-    return tuple(turns)
+    if messages[-1].role != "user":
+        raise row.error(f"{columns.prompt} ends with a turn of {messages[-1].role}, not of user")
+    return tuple(messages)
 
 
-def _answer(row: Row, layout: Layout, read: Callable[[Any], str]) -> str | UserError:
-    value = row.at(layout.answer)
+def _answer(row: FileRow, columns: FileColumns, read: Callable[[Any], str]) -> str | UserError:
+    value = row.value(columns.answer)
     try:
-        return _text(row, layout.answer, read(value))
+        return _text(row, columns.answer, read(value))
     except ValueError as error:
-        return row.error(f"{layout.answer} {str(value)[-60:]!r} {error}")
+        return row.error(f"{columns.answer} {str(value)[-60:]!r} {error}")
 
 
-def _identity(row: Row, layout: Layout, position: int) -> str:
-    if layout.id and _column(layout.id) in row.values:
-        return _text(row, layout.id, str(row.at(layout.id)))
+def _identity(row: FileRow, columns: FileColumns, position: int) -> str:
+    if columns.id and _column(columns.id) in row.values:
+        return _text(row, columns.id, str(row.value(columns.id)))
     return str(position)
 
 
-def _text(row: Row, what: str, value: Any) -> str:
+def _text(row: FileRow, name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise row.error(f"{what} is empty" if value == "" else f"{what} is no text: {value!r:.40}")
+        raise row.error(f"{name} is empty" if value == "" else f"{name} is no text: {value!r:.40}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise row.error(f"{what} is no valid Unicode text") from error
+        raise row.error(f"{name} is no valid Unicode text") from error
     return value
 
 
 def _check_count(
-    name: str, found: PublishedSet, files: Sequence[Path], summary: Summary, allow: bool
+    name: str, problem_set: ProblemSet, files: Sequence[Path], counts: RowCounts, allow: bool
 ) -> None:
-    if summary.problems == 0:
-        raise UserError(f"{files[0]}: no row of {summary.rows} has an answer that parses")
-    if found.num_problems and summary.problems not in found.num_problems and not allow:
+    if counts.problems == 0:
+        raise UserError(f"{files[0]}: no row of {counts.rows} has an answer that parses")
+    if problem_set.num_problems and counts.problems not in problem_set.num_problems and not allow:
         listed = ", ".join(map(str, files))
         raise UserError(
-            f"{listed}: {summary.problems:,} problems in {summary.rows:,} rows; {name} has "
-            f"{' or '.join(f'{n:,}' for n in found.num_problems)}. Is a file missing or "
-            "cut short? --allow-row-count takes it as it is"
+            f"{listed}: {counts.problems:,} problems in {counts.rows:,} rows; {name} has "
+            f"{' or '.join(f'{n:,}' for n in problem_set.num_problems)}. Is a file missing or "
+            "incomplete? --allow-row-count accepts it as it is"
         )

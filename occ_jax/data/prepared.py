@@ -1,4 +1,7 @@
-"""Prepared sets as random-access examples; writing them is `occ_jax.data.prepare`."""
+"""Random access to the examples of prepared sets.
+
+Leaves writing sets to `occ_jax.data.prepare` and batches of prompts to `occ_jax.data.pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ SPLIT = "problems"
 
 
 def set_directory(directory: Path, name: str) -> Path:
-    """Where a prepared set lies."""
+    """Directory of a prepared set."""
     return directory / name / VERSION
 
 
@@ -24,38 +27,38 @@ class PreparedSet(NamedTuple):
     """Random access to a set."""
 
     size: int
-    example: Callable[[int], Example]  # by its place in the publisher's order
+    example: Callable[[int], Example]  # by its index in the publisher's order
 
 
 def open_set(directory: Path, name: str) -> PreparedSet:
-    """A set that `run.py prepare` has written.
+    """Opens a set that `run.py prepare` has written.
 
     Raises:
-        UserError: it is not there, or damaged; of a single record, when that is read.
+        UserError: the set is missing or damaged. A damaged record raises when it is read.
     """
     path = set_directory(directory, name)
     if not (path / "dataset_info.json").is_file():
-        there = sorted(p.parent.parent.name for p in directory.glob(f"*/{VERSION}/features.json"))
+        sets = sorted(p.parent.parent.name for p in directory.glob(f"*/{VERSION}/features.json"))
         raise UserError(
-            f"no set {name} in {directory} (there: {', '.join(there) if there else 'none'}); "
+            f"no set {name} in {directory} (prepared sets: {', '.join(sets) or 'none'}); "
             f"python run.py prepare {name} --source FILE --data-directory {directory}"
         )
     import tensorflow_datasets as tfds
 
-    open_builder: Any = tfds.builder_from_directory  # decorated in a way that hides its type
-    with _undamaged(path):
+    open_builder: Any = tfds.builder_from_directory  # its decorator hides its type
+    with _require_undamaged(path):
         source = open_builder(path).as_data_source(SPLIT)
 
     def example(index: int) -> Example:
-        with _undamaged(path):
+        with _require_undamaged(path):
             return _example(name, source[index])
 
     return PreparedSet(len(source), example)
 
 
 @contextmanager
-def _undamaged(path: Path) -> Generator[None]:
-    """Whatever readers of damaged files raise, as one line that names the set."""
+def _require_undamaged(path: Path) -> Generator[None]:
+    """Turns any exception of a reader into one line that names the set."""
     try:
         yield
     except Exception as error:
@@ -67,12 +70,12 @@ def _undamaged(path: Path) -> Generator[None]:
 def _example(name: str, record: dict[str, Any]) -> Example:
     problem = record["problem"].decode()
     messages = record["messages"]
-    turns = tuple(
+    conversation = tuple(
         Message(role.decode(), content.decode())
         for role, content in zip(messages["role"], messages["content"], strict=True)
     )
     return Example(
-        prompt=problem if problem else turns,
+        prompt=problem or conversation,
         answer=record["answer"].decode(),
         source=name,
         id=record["id"].decode(),

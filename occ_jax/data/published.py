@@ -1,7 +1,7 @@
-"""The published problem sets: whose files, which columns, how many problems, what answers.
+"""The published problem sets: publishers, columns of their files, problem counts, kinds of answers.
 
-Row counts and columns as the publishers' dataset cards state them; docs/data.md says how to get
-the files.
+Counts and columns are those of the publishers' dataset cards; docs/data.md tells how to get the
+files. Leaves reading and checking them to `occ_jax.data.prepare`.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Any, NamedTuple
 from occ_jax.data import answers
 
 
-class Layout(NamedTuple):
-    """The columns of a file; "a.b" is field b of column a."""
+class FileColumns(NamedTuple):
+    """Names of a file's columns; "a.b" is field b of column a."""
 
     prompt: str  # a problem's text, or a conversation: a list of {role, content}
     answer: str
-    id: str = ""  # empty, or absent from a file: rows are numbered
-    context: str = ""  # text before the problem, where a row has one
-    publisher: str = ""  # whose files look like this
+    id: str = ""  # if empty, or missing in a file, rows are numbered
+    context: str = ""  # optional text before the problem
+    publisher: str = ""  # the publisher of files with these columns; empty for a user's own
 
 
-class PublishedSet(NamedTuple):
-    """What the files of a set hold."""
+class ProblemSet(NamedTuple):
+    """Contents of the files of a set, published or a user's own."""
 
-    num_problems: tuple[int, ...]  # distinct ones, of each published version
+    num_problems: tuple[int, ...]  # allowed counts of distinct problems; any count if empty
     read_answer: Callable[[Any], str]
-    layouts: tuple[Layout, ...]
-    distinct: bool = False  # publishers repeat problems: keep the first of equal prompts
+    columns: tuple[FileColumns, ...]  # of each publisher
+    distinct: bool = False  # keep only the first row of each prompt, as publishers repeat rows
 
 
-PUBLISHED: dict[str, PublishedSet] = {
+PUBLISHED: dict[str, ProblemSet] = {
     # 1,791,700 rows are 100 copies of 17,917, which hold 17,398 prompts.
-    "dapo_math_17k": PublishedSet(
+    "dapo_math_17k": ProblemSet(
         (17_398,),
         answers.integer,
         (
-            Layout(
+            FileColumns(
                 "prompt",
                 "reward_model.ground_truth",
                 "extra_info.index",
@@ -46,14 +46,14 @@ PUBLISHED: dict[str, PublishedSet] = {
         ),
         distinct=True,
     ),
-    "aime24": PublishedSet(
+    "aime24": ProblemSet(
         (30,),
         answers.aime,
         (
-            Layout("problem", "answer", "id", publisher="HuggingFaceH4/aime_2024"),
-            Layout("Problem", "Answer", "ID", publisher="Maxwell-Jia/AIME_2024"),
-            # Each problem 32 times.
-            Layout(
+            FileColumns("problem", "answer", "id", publisher="HuggingFaceH4/aime_2024"),
+            FileColumns("Problem", "Answer", "ID", publisher="Maxwell-Jia/AIME_2024"),
+            # This file repeats each problem 32 times.
+            FileColumns(
                 "prompt",
                 "reward_model.ground_truth",
                 "extra_info.index",
@@ -62,34 +62,36 @@ PUBLISHED: dict[str, PublishedSet] = {
         ),
         distinct=True,
     ),
-    "aime25": PublishedSet(
+    "aime25": ProblemSet(
         (30,),
         answers.aime,
         (
-            Layout("problem", "answer", "id", publisher="math-ai/aime25 and yentinglin/aime_2025"),
-            Layout("question", "answer", publisher="opencompass/AIME2025"),
+            FileColumns(
+                "problem", "answer", "id", publisher="math-ai/aime25 and yentinglin/aime_2025"
+            ),
+            FileColumns("question", "answer", publisher="opencompass/AIME2025"),
         ),
     ),
-    "amc23": PublishedSet(
+    "amc23": ProblemSet(
         (40,),
         answers.number,
-        (Layout("question", "answer", "id", publisher="math-ai/amc23"),),
+        (FileColumns("question", "answer", "id", publisher="math-ai/amc23"),),
     ),
-    "math500": PublishedSet(
+    "math500": ProblemSet(
         (500,),
         answers.latex,
-        (Layout("problem", "answer", "unique_id", publisher="HuggingFaceH4/MATH-500"),),
+        (FileColumns("problem", "answer", "unique_id", publisher="HuggingFaceH4/MATH-500"),),
     ),
-    "minerva": PublishedSet(
+    "minerva": ProblemSet(
         (272,),
         answers.latex,
-        (Layout("question", "answer", publisher="math-ai/minervamath"),),
+        (FileColumns("question", "answer", publisher="math-ai/minervamath"),),
     ),
-    "olympiadbench": PublishedSet(
+    "olympiadbench": ProblemSet(
         (674, 675),
         answers.latex,
         (
-            Layout(
+            FileColumns(
                 "question",
                 "final_answer",
                 "id",
@@ -98,10 +100,10 @@ PUBLISHED: dict[str, PublishedSet] = {
             ),
         ),
     ),
-    "gsm8k_train": PublishedSet(
-        (7_473,), answers.gsm8k, (Layout("question", "answer", publisher="openai/gsm8k"),)
+    "gsm8k_train": ProblemSet(
+        (7_473,), answers.gsm8k, (FileColumns("question", "answer", publisher="openai/gsm8k"),)
     ),
-    "gsm8k_test": PublishedSet(
-        (1_319,), answers.gsm8k, (Layout("question", "answer", publisher="openai/gsm8k"),)
+    "gsm8k_test": ProblemSet(
+        (1_319,), answers.gsm8k, (FileColumns("question", "answer", publisher="openai/gsm8k"),)
     ),
 }

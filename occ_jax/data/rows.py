@@ -1,6 +1,7 @@
-"""Rows of local files as their publishers ship them: Parquet or JSON lines, told apart by content.
+"""Reads rows of local Parquet and JSON-lines files; the content decides which of the two a file is.
 
-Every row knows its file and its number, so that whatever is wrong with it can be said in one line.
+Every row holds its file and number, so that an error names both in one line. Leaves the meaning of
+columns to `occ_jax.data.prepare`.
 """
 
 from __future__ import annotations
@@ -12,39 +13,39 @@ from typing import Any, NamedTuple
 
 from occ_jax.errors import UserError, one_line
 
-_BATCH = 4096
+_BATCH_ROWS = 4096  # of Parquet, decoded at a time
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """One row of one file."""
 
     file: Path
-    number: int  # from 1; in JSON lines that of the line
+    number: int  # from 1; the line's number in a JSON-lines file
     values: dict[str, Any]
 
-    def at(self, path: str) -> Any:
+    def value(self, path: str) -> Any:
         """The value of a column; "a.b" is field b of column a.
 
         Raises:
-            UserError: there is none, or it is null.
+            UserError: the value is missing or null.
         """
-        found: Any = self.values
+        value: Any = self.values
         for name in path.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        if found is None:
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
             raise self.error(f"no value of {path}")
-        return found
+        return value
 
     def error(self, reason: str) -> UserError:
-        """What is wrong with this row, to be raised."""
+        """An error, not yet raised, that names the file, the row and the reason."""
         return UserError(f"{self.file} row {self.number}: {reason}")
 
 
 def column_names(file: Path) -> list[str]:
-    """The columns of a file; of JSON lines, those of its first row.
+    """The columns of a Parquet file, or of the first row of a JSON-lines file.
 
     Raises:
-        UserError: there is no such file, or no row in it, or it cannot be read.
+        UserError: the file is missing, cannot be read or holds no rows.
     """
     if _is_parquet(file):
         parquet = _open_parquet(file)
@@ -56,12 +57,12 @@ def column_names(file: Path) -> list[str]:
     raise UserError(f"{file} holds no rows")
 
 
-def read_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """All rows of a file, in order.
+def read_file_rows(file: Path, columns: Sequence[str]) -> Iterator[FileRow]:
+    """Yields all rows of a file, in order.
 
     Args:
         file: Parquet or JSON lines.
-        columns: what is read of Parquet; JSON lines come whole.
+        columns: to read from Parquet; rows of JSON lines are read whole.
 
     Raises:
         UserError: the file cannot be read.
@@ -70,7 +71,7 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
         yield from _json_rows(file)
         return
     number = 0
-    batches = _open_parquet(file).iter_batches(batch_size=_BATCH, columns=list(columns))
+    batches = _open_parquet(file).iter_batches(batch_size=_BATCH_ROWS, columns=list(columns))
     while True:
         try:
             batch = next(batches, None)
@@ -80,7 +81,7 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
             return
         for values in batch.to_pylist():
             number += 1
-            yield Row(file, number, values)
+            yield FileRow(file, number, values)
 
 
 def _is_parquet(file: Path) -> bool:
@@ -103,12 +104,12 @@ def _open_parquet(file: Path) -> Any:
         raise UserError(f"{file} is damaged Parquet: {one_line(error)}") from error
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _json_rows(file: Path) -> Iterator[FileRow]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            row = Row(file, number, {})
+            row = FileRow(file, number, {})
             try:
                 values = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError too

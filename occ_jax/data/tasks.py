@@ -1,8 +1,8 @@
-"""Digit tasks generated from nothing: endless, deterministic, verifiable.
+"""Generated digit tasks: endless, deterministic, verifiable.
 
 An example is a function of (task, split, seed, stream, index); a run's seed is its stream. Train
-and evaluation examples never share a prompt: a prompt's checksum decides which split it belongs to,
-and generation redraws until the split is right.
+and evaluation examples never share a prompt: a prompt's checksum decides its split, and generation
+repeats until the split is the requested one. Leaves batching to `occ_jax.data.pipeline`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from occ_jax.config import TaskConfig
 from occ_jax.data.examples import Example
 
 Split = Literal["train", "evaluation"]
-EVALUATION_SHARE = 8  # one prompt in this many belongs to the evaluation split
+EVALUATION_SHARE = 8  # one prompt in 8 belongs to the evaluation split
 
 
 class _Problem(NamedTuple):
     prompt: str
-    completion: str  # a right one, with every intermediate step
-    answer: str  # what a completion must end in
+    completion: str  # right, with every intermediate step
+    answer: str  # the end of every right completion
 
 
 def _reverse(rng: np.random.Generator, config: TaskConfig) -> _Problem:
@@ -60,15 +60,15 @@ _GENERATORS = {
 
 
 def split_of(prompt: str) -> Split:
-    """Which split owns a prompt, by its checksum."""
+    """The split that a prompt belongs to, by its checksum."""
     return "evaluation" if zlib.crc32(prompt.encode()) % EVALUATION_SHARE == 0 else "train"
 
 
 def make_example(config: TaskConfig, split: Split, index: int, stream: int = 0) -> Example:
     """Example `index` of a split; the same (seed, stream, index) gives the same one, anywhere.
 
-    The generator is keyed by (seed, stream, index) and redrawn until the prompt's checksum lies in
-    the split: about 8 draws for the evaluation split, 8/7 for training.
+    The generator is keyed by (seed, stream, index) and draws problems until the prompt's checksum
+    lies in the split: about 8 draws for the evaluation split, 8/7 for training.
     """
     rng = np.random.Generator(np.random.Philox(key=[config.seed << 32 | stream, index]))
     while True:
@@ -86,22 +86,22 @@ def make_example(config: TaskConfig, split: Split, index: int, stream: int = 0) 
 def has_unique_completion(config: TaskConfig) -> bool:
     """Whether exactly one completion of a prompt is right.
 
-    Then the objective, the probability of a right completion, is that of one token sequence and
-    can be computed instead of sampled.
+    Then the probability of a right completion is that of one token sequence: the exact objective,
+    which can be computed instead of sampled.
     """
     return not answer_separator(config)
 
 
 def answer_separator(config: TaskConfig) -> str:
-    """What the answer follows in a right completion; empty where the completion is the answer.
+    """Text before the answer in a right completion; empty if the completion is the answer alone.
 
-    `chained_sum` is judged by its last number alone.
+    The verifier of `chained_sum` judges only the last number.
     """
     return ">" if config.name == "chained_sum" else ""
 
 
 def prompt_tokens(config: TaskConfig) -> int:
-    """Tokens of every prompt of a task, one a character (they all have the same length)."""
+    """Length of every prompt of a task in tokens, which are characters."""
     match config.name:
         case "addition":
             return 2 * config.digits + 2
@@ -112,7 +112,7 @@ def prompt_tokens(config: TaskConfig) -> int:
 
 
 def completion_tokens(config: TaskConfig) -> int:
-    """Most tokens a right completion can need, the end-of-sequence token included."""
+    """Length of the longest right completion in tokens, with the end-of-sequence token."""
     match config.name:
         case "addition":
             return config.digits + 2

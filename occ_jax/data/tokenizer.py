@@ -1,8 +1,8 @@
-"""Text to token ids and back: one contract, the digit tasks' alphabet, checkpoints' own tokenizers.
+"""Text to token ids and back, with the digit tasks' alphabet or a checkpoint's own tokenizer.
 
-Special tokens are never added by `encode` and never hidden by `decode`: a chat template writes its
-own, and what a policy samples between two digits must not vanish before a verifier reads it. Chat
-templates are rendered in `occ_jax.data.chat`.
+`encode` never adds special tokens, as a chat template writes them itself. `decode` never hides
+them, as a token that a policy samples between two digits must not vanish before a verifier reads
+the text. Leaves rendering chat templates to `occ_jax.data.chat`.
 """
 
 from __future__ import annotations
@@ -22,52 +22,55 @@ from occ_jax.errors import UserError, one_line
 ALPHABET = "0123456789+=>,"
 _PAD, _EOS = "<pad>", "<eos>"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
 class Tokenizer(NamedTuple):
-    """All that the rest of the package asks of a tokenizer."""
+    """The tokenizer interface of this package."""
 
-    encode: Callable[
-        [str], list[int]
-    ]  # token ids of a text; special tokens only where it spells them
-    decode: Callable[[Sequence[int]], str]  # the text of token ids, special tokens spelled out
-    render_chat: RenderChat  # messages to text, by the checkpoint's chat template
-    eos_ids: tuple[int, ...]  # any of them ends a completion; the first closes a supervised one
-    pad_id: int  # fills columns that are not valid
-    vocab_size: int  # one more than the largest id
+    encode: Callable[[str], list[int]]
+    """Text to token ids; special tokens only if the text spells them."""
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to text, special tokens spelled out."""
+    render_chat: RenderChat
+    """Messages to text, by the checkpoint's chat template."""
+    eos_ids: tuple[int, ...]
+    """Any of them ends a completion; the first one ends supervised completions."""
+    pad_id: int
+    """Fills columns that are not valid."""
+    vocab_size: int
+    """The largest id plus 1."""
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[int]:
-    """Token ids of a conversation, up to where the model's turn begins.
+    """Token ids of a conversation, up to the beginning of the model's turn.
 
     Args:
-        tokenizer: whose chat template renders.
+        tokenizer: has the chat template.
         messages: the conversation, oldest first.
-        variables: for the template, such as enable_thinking=False.
+        variables: of the template, such as enable_thinking=False.
 
     Raises:
-        UserError: there is no chat template, or it refuses the messages.
+        UserError: the tokenizer has no chat template, or the template refuses the messages.
     """
     return tokenizer.encode(tokenizer.render_chat(messages, **variables))
 
 
 def until_end(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[int], bool]:
-    """The ids before the first end-of-sequence token, and whether there is one."""
-    ends = tokenizer.eos_ids
+    """The ids before the first end-of-sequence token, and whether there is such a token."""
     for index, token in enumerate(ids):
-        if token in ends:
+        if token in tokenizer.eos_ids:
             return list(ids[:index]), True
     return list(ids), False
 
 
 def decode_completion(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of a completion, without its end and what follows."""
+    """The text of a completion before its first end-of-sequence token."""
     return tokenizer.decode(until_end(tokenizer, ids)[0])
 
 
 def model_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer of `model.checkpoint`, or the digit alphabet where there is no checkpoint.
+    """The tokenizer of `model.checkpoint`, or the digit alphabet if there is no checkpoint.
 
     Raises:
         UserError: the checkpoint's tokenizer cannot be read.
@@ -89,7 +92,7 @@ def _digit_alphabet() -> Tokenizer:
         return [ids[character] for character in text]
 
     def decode(ids: Sequence[int]) -> str:
-        # The model's vocabulary may be the larger one, and a random policy samples such tokens.
+        # The model's vocabulary may be larger, and a random policy samples tokens of the rest.
         return "".join(tokens[index] if index < len(tokens) else _UNKNOWN for index in ids)
 
     def render_chat(
@@ -108,12 +111,12 @@ DIGITS = _digit_alphabet()
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face checkpoint, from its own files and never the network.
+    """Loads the tokenizer of a Hugging Face checkpoint from its files, never from the network.
 
     Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
-    generation_config.json and config.json; only the first must be there. A completion ends with
-    tokenizer_config.json's eos_token or any eos_token_id of generation_config.json (config.json
-    where that file names none).
+    generation_config.json and config.json; only the first is required. A completion ends with
+    eos_token of tokenizer_config.json or any eos_token_id of generation_config.json (of config.json
+    if that file names none).
 
     Args:
         directory: the checkpoint.
@@ -154,27 +157,27 @@ def _read_backend(directory: Path) -> Any:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
-    # Some checkpoints ship the settings of somebody's last call.
+    # Some checkpoints ship settings of their author's last call.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
+    """The JSON object of a file; empty if there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
+    return value
 
 
 def _add_listed_tokens(backend: Any, config: dict[str, Any], directory: Path) -> None:
-    """Adds tokens that tokenizer_config.json lists and tokenizer.json does not have."""
+    """Adds the tokens that tokenizer_config.json lists and tokenizer.json lacks."""
     import tokenizers
 
     listed = config.get("added_tokens_decoder", {})
@@ -185,24 +188,24 @@ def _add_listed_tokens(backend: Any, config: dict[str, Any], directory: Path) ->
                 for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
             }
             backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
-        found = backend.token_to_id(token["content"])
-        if found != int(text):
+        actual = backend.token_to_id(token["content"])
+        if actual != int(text):
             raise UserError(
                 f"{directory / 'tokenizer_config.json'} gives {token['content']!r} the id {text}, "
-                f"tokenizer.json {found}"
+                f"tokenizer.json {actual}"
             )
 
 
 def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
-    """bos_token and its kin by name; the first file that names one decides."""
-    found: dict[str, str] = {}
+    """Special tokens such as bos_token by name; the first source with a name decides."""
+    tokens: dict[str, str] = {}
     for source in sources:
-        for name in _SPECIAL:
+        for name in _SPECIAL_TOKENS:
             token = source.get(name)
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str):
-                found.setdefault(name, text)
-    return found
+                tokens.setdefault(name, text)
+    return tokens
 
 
 def _eos_ids(
@@ -214,13 +217,13 @@ def _eos_ids(
 ) -> tuple[int, ...]:
     ids: list[int] = []
     if "eos_token" in special:
-        own = backend.token_to_id(special["eos_token"])
-        if own is None:
+        eos_id = backend.token_to_id(special["eos_token"])
+        if eos_id is None:
             raise UserError(
                 f"{directory / 'tokenizer.json'} has no token {special['eos_token']!r}, which "
                 "tokenizer_config.json names as the end of a sequence"
             )
-        ids.append(own)
+        ids.append(eos_id)
     for source in (generation, model):
         listed = source.get("eos_token_id")
         if listed is not None:
@@ -235,14 +238,14 @@ def _eos_ids(
 
 
 def _decoder(backend: Any, used: np.ndarray) -> Callable[[Sequence[int]], str]:
-    """Decodes; an id without a token, which the library would drop, reads as U+FFFD."""
-    known = np.zeros(used.max() + 1, bool)
-    known[used] = True
+    """Makes `decode`. An id without a token becomes U+FFFD; the library would drop it."""
+    has_token = np.zeros(used.max() + 1, bool)
+    has_token[used] = True
 
     def decode(ids: Sequence[int]) -> str:
         row = np.asarray(ids, np.int64)
-        inside = row < len(known)
-        gaps = np.flatnonzero(~(inside & known[np.where(inside, row, 0)]))
+        inside = row < len(has_token)
+        gaps = np.flatnonzero(~(inside & has_token[np.where(inside, row, 0)]))
         pieces = np.split(row, gaps)
         text = [backend.decode(pieces[0].tolist(), skip_special_tokens=False)]
         text += [backend.decode(p[1:].tolist(), skip_special_tokens=False) for p in pieces[1:]]

@@ -1,1 +1,1 @@
-"""How good a policy is: answers sampled and judged, statistics, records on disk, tables."""
+"""Evaluation of policies: sampling and judging answers, records on disk, statistics, tables."""

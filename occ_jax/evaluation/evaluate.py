@@ -16,7 +16,7 @@ from occ_jax.data.pipeline import encode_completions, pad_prompts
 from occ_jax.data.tasks import has_unique_completion
 from occ_jax.data.tokenizer import decode_completion
 from occ_jax.evaluation.records import Record, RecordFile, Sampled, judged_records
-from occ_jax.evaluation.tables import summarise
+from occ_jax.evaluation.summary import summarise
 from occ_jax.parallel.exchange import (
     fold_in,
     gather_objects,
@@ -25,7 +25,7 @@ from occ_jax.parallel.exchange import (
     put_all_rows,
     put_replicated,
 )
-from occ_jax.rewards.scoring import judge_completions
+from occ_jax.rewards.judging import judge_completions
 from occ_jax.setup import Setup
 from occ_jax.types import Params
 

@@ -1,8 +1,9 @@
-"""What an evaluation keeps of every question, and the file it is kept in while it grows.
+"""Records of an evaluation, one a question, and the file that they are appended to.
 
-A file is JSON lines: a header that says whose answers to what these are, then a line a question.
-An evaluation that was killed goes on after its last whole line, if and only if the header is the
-same: the same parameters, questions, sampling and verifier. So a file never holds two policies.
+A file is JSON lines: a header that identifies the policy, the questions, the sampling and the
+verifier, then one line a question. An evaluation that was killed resumes after its last whole line
+if its header is the same, and is refused otherwise, so a file never mixes two policies. Leaves
+measures to `occ_jax.evaluation.summary`.
 """
 
 from __future__ import annotations
@@ -25,69 +26,71 @@ from occ_jax.parallel.exchange import on_first_process
 from occ_jax.rewards.pool import Judged
 
 _FORMAT = "occ_jax evaluation, version 1"
+_DIGEST_DIGITS = 16  # hexadecimal, of all questions
+_SHOWN_CHARACTERS = 80  # of a damaged value
 
 
 class Sampled(NamedTuple):
-    """The n answers to one question, before they are judged."""
+    """The n answers to one question, before a verifier judges them."""
 
     tokens: np.ndarray  # int [n, R], up to R new tokens each
     texts: list[str]
     lengths: list[int]  # tokens
-    truncated: list[bool]  # cut by the length limit
+    truncated: list[bool]  # whether the length limit cut the answer
     figures: dict[str, float]  # of the question: "objective", "agreed_1", "drafted_1", ...
 
 
 class Record(NamedTuple):
-    """One question with its n answers, judged."""
+    """One question with its n judged answers."""
 
     id: str
     source: str
-    answer: str  # the right one
-    scores: list[float]  # n
-    given: list[str | None]  # the answers, normalised by the verifier
+    answer: str  # the right answer
+    scores: list[float]  # of the n answers
+    given: list[str | None]  # the n answers, normalised by the verifier
     lengths: list[int]
     truncated: list[bool]
-    failures: list[str]  # "timeout", "death" or "error" of the verifier, else ""
+    failures: list[str]  # "timeout", "death" or "error" if the verifier failed, else ""
     figures: dict[str, float]
-    completions: list[str] | None = None  # whole texts, where they are kept
+    completions: list[str] | None = None  # the whole texts, if the evaluation keeps them
 
 
 class RecordFile:
-    """The records of one policy on one set; appended to as they come.
+    """The records of one policy on one set, on disk.
 
-    Of several processes the first has the file and what is in it. All know how many records it
-    `held` when it was opened.
+    Only the first process has the file and its `records`. All processes know `held`, the number of
+    records that the file held when it was opened.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-        """Opens the file, or makes it.
+        """Opens the file, or creates it and its directory.
 
         Args:
-            path: the file; its directory is made.
-            header: what the records depend on; JSON values.
+            path: the file.
+            header: everything that the records depend on; JSON values.
             prompts: the questions, in order.
 
         Raises:
-            UserError: it holds the records of something else, is damaged or cannot be written.
+            UserError: the file holds the records of another evaluation, is damaged or cannot be
+                written.
         """
         self._path = path
         self._file: IO[str] | None = None
         self.records: list[Record] = []
         self.keeps_completions: bool = header.get("completions", False)
-        header = {"format": _FORMAT, **header, **_questions(prompts)}
-        # As it is read back: tuples are lists.
+        header = {"format": _FORMAT, **header, **_question_fields(prompts)}
+        # Through JSON, so that it compares equal to a header that was read: tuples become lists.
         self.held = on_first_process(lambda: self._open(json.loads(json.dumps(header))))
 
     def _open(self, header: dict[str, Any]) -> int:
         path = self._path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = _read(path) if path.exists() else None
-            if found is not None:
-                _require_same(path, found[0], header)
-                self.records = found[1]
+            if path.exists():
+                existing_header, self.records = _read(path)
+                _require_same_header(path, existing_header, header)
             lines = [header, *(record._asdict() for record in self.records)]
-            # Anew, without the line that a kill cut short.
+            # Rewritten, without the last line if a kill cut it.
             replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = path.open("a")
         except OSError as error:
@@ -95,10 +98,10 @@ class RecordFile:
         return len(self.records)
 
     def append(self, records: Sequence[Record]) -> None:
-        """Adds records; they are on disk when it returns.
+        """Writes records to disk; on other processes than the first it does nothing.
 
         Raises:
-            UserError: they cannot be written; the file is closed.
+            UserError: the file cannot be written; it is closed.
         """
         if self._file is None:
             return
@@ -107,7 +110,7 @@ class RecordFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            with suppress(OSError):  # it still holds what it could not write
+            with suppress(OSError):  # closing writes the buffer again
                 self._file.close()
             raise UserError(f"{self._path} cannot be written: {error.strerror}") from error
         self.records.extend(records)
@@ -150,10 +153,10 @@ def judged_records(
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The header and the records of a file.
+    """Reads the header and the records of a file.
 
     Raises:
-        UserError: it cannot be read or is no file of records.
+        UserError: the file cannot be read or is no file of records.
     """
     try:
         return _read(path)
@@ -162,10 +165,10 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """All whole lines; one that a kill cut short can only be the last."""
-    *lines, rest = path.read_bytes().split(b"\n")
+    """Reads all whole lines; a kill can cut only the last line."""
+    *lines, cut = path.read_bytes().split(b"\n")
     if not lines:
-        raise UserError(f"{path} is {'no file of evaluation records' if rest else 'empty'}")
+        raise UserError(f"{path} is {'no file of evaluation records' if cut else 'empty'}")
     header, *values = (_value(path, number, line) for number, line in enumerate(lines, start=1))
     if header.get("format") != _FORMAT:
         raise UserError(f"{path} is no file of evaluation records")
@@ -173,8 +176,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Record]]:
         if not isinstance(header.get(name), kind):
             raise UserError(f"{path} line 1 is damaged: {name} is {header.get(name)!r}")
     for number, value in enumerate(values, start=2):
-        if wrong := _wrong(value):
-            raise UserError(f"{path} line {number} is damaged: {wrong}")
+        if damage := _damage(value):
+            raise UserError(f"{path} line {number} is damaged: {damage}")
     return header, [Record(**value) for value in values]
 
 
@@ -189,7 +192,7 @@ def _value(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 _NUMBER = (int, float)
-# The kind of each field, and of its elements where it holds n of them.
+# The type of each field of a record, and of its elements.
 _FIELDS: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("id", "source", "answer"), (str, None)),
     "scores": (list, _NUMBER),
@@ -202,42 +205,42 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _wrong(value: dict[str, Any]) -> str:
-    """What keeps a line from being a record; empty where nothing does."""
+def _damage(value: dict[str, Any]) -> str:
+    """The reason why a line is no record; empty if it is one."""
     if unknown := [name for name in value if name not in _FIELDS]:
         return f"{unknown[0]} is no field of a record"
     for name, (kind, element) in _FIELDS.items():
         if name not in value and name not in Record._field_defaults:
             return f"{name} is missing"
-        found: Any = value.get(name)
-        elements: Any = found.values() if isinstance(found, dict) else found or ()
-        if not isinstance(found, kind) or (
+        field: Any = value.get(name)
+        elements: Any = field.values() if isinstance(field, dict) else field or ()
+        if not isinstance(field, kind) or (
             element is not None and not all(isinstance(x, element) for x in elements)
         ):
-            return f"{name} is {repr(found)[:80]}"
-        if isinstance(found, list) and (not found or len(found) != len(value["scores"])):
-            return f"{name} holds {len(found)} values for {len(value['scores'])} answers"
+            return f"{name} is {repr(field)[:_SHOWN_CHARACTERS]}"
+        if isinstance(field, list) and (not field or len(field) != len(value["scores"])):
+            return f"{name} holds {len(field)} values for {len(value['scores'])} answers"
     return ""
 
 
-def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    changed = [
-        f"{name} {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in dict.fromkeys((*there, *here))
-        if there.get(name) != here.get(name)
+def _require_same_header(path: Path, existing: dict[str, Any], header: dict[str, Any]) -> None:
+    differences = [
+        f"{name} is {existing.get(name)!r} in the file, {header.get(name)!r} in this evaluation"
+        for name in dict.fromkeys((*existing, *header))
+        if existing.get(name) != header.get(name)
     ]
-    if changed:
+    if differences:
         raise UserError(
-            f"{path} holds the records of another evaluation ({'; '.join(changed)}); choose "
+            f"{path} holds the records of another evaluation ({'; '.join(differences)}); choose "
             "another --output"
         )
 
 
-def _questions(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """How many there are, and a digest of all that is asked and what is right."""
+def _question_fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The header's fields about the questions: their number, and a digest of them and answers."""
     digest = hashlib.sha256()
     for prompt in prompts:
         example = prompt.example
-        asked = [example.source, example.id, example.answer, prompt.tokens]
-        digest.update(json.dumps(asked).encode() + b"\n")
-    return {"num_questions": len(prompts), "questions": digest.hexdigest()[:16]}
+        question = [example.source, example.id, example.answer, prompt.tokens]
+        digest.update(json.dumps(question).encode() + b"\n")
+    return {"num_questions": len(prompts), "questions": digest.hexdigest()[:_DIGEST_DIGITS]}

@@ -1,1 +1,1 @@
-"""Rewards: how completions are scored, and what becomes of the scores."""
+"""Rewards: verifiers, the processes that run them, and shaping of scores."""

@@ -1,15 +1,16 @@
-"""Processes that judge completions, kept apart from training so that none can hang or crash it.
+"""A pool of processes that judge completions, so that no completion can hang or crash training.
 
 The workers are fresh interpreters without JAX. Each judges one completion at a time under a
-wall-clock deadline and a memory limit; one that exceeds the deadline is killed and replaced, one
-that dies is replaced, and in both cases only the completion at hand is lost: it scores 0 and is
-counted. All waiting is in one `select` with a time-out, and no write blocks.
+wall-clock deadline and a memory limit. A worker that exceeds the deadline is killed and replaced, a
+worker that dies is replaced, and in both cases only the completion at hand is lost: it scores 0 and
+is counted. The pool waits in one `select` with a time-out, and no write blocks. Leaves the worker's
+side of the protocol to `occ_jax.rewards.worker`.
 
-Why no library: the pool of `pebble`, the nearest, asks a worker to end and waits 3 seconds before
-it kills it, during which it serves no other; six hanging items of one second take two workers 21
-seconds there and 3 here. It measures time by a clock that can be set, shares one pipe among the
-workers, which hangs when one dies inside its lock, and as any `multiprocessing` pool it runs the
-main script again in every worker.
+No library is used. `pebble`, the nearest, requests a worker to end and waits 3 seconds before it
+kills it, and serves no other worker meanwhile: six hanging items with a deadline of one second take
+its two workers 21 seconds, and ours 3. It measures time by a clock that can be set, and shares one
+pipe among the workers, which hangs when one dies inside its lock. As any `multiprocessing` pool, it
+runs the main script again in every worker.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ import numpy as np
 
 from occ_jax.config import RewardConfig
 from occ_jax.errors import UserError
-from occ_jax.rewards.verifiers import READS
+from occ_jax.rewards.verifiers import CHARACTERS_READ
 from occ_jax.rewards.worker import LENGTH
 
-_MOST_WORKERS = 32
-_SECONDS_TO_START = 60.0  # imports of SymPy, or of what a user's function needs
-_FAILED_STARTS = 3  # in a row, after which something is wrong with the machine
+_MAX_WORKERS = 32
+_START_SECONDS = 60.0  # for imports: SymPy, or the libraries of a user's function
+_MAX_FAILED_STARTS = 3  # in a row; then the pool gives up
 _CHUNK_ITEMS, _CHUNK_BYTES = 64, 2**18
 
-# The parent's sys.path, so that a worker finds the same code whatever started the parent; -P keeps
-# the working directory off it until then.
+# A worker gets the parent's sys.path, so that it imports the same code however the parent was
+# started; -P keeps the working directory off the path until then.
 _START = (
     "import json, sys; path, settings = json.loads(sys.argv[1]); sys.path[:] = path; "
     "from occ_jax.rewards.worker import Settings, main; main(Settings(*settings))"
 )
 _PLURAL = {"timeout": "time-outs", "death": "deaths", "error": "errors"}
-_HOW = {
+_CAUSES = {
     "timeout": "{} took longer than reward.deadline_s",
     "death": "the process of {} ended, or was killed for its memory",
 }
@@ -70,17 +71,17 @@ class Judged(NamedTuple):
     """Verdicts on N items, in their order."""
 
     scores: np.ndarray  # float32 [N]
-    given: list[str | None]  # normalised answers; None where there is none
-    failures: list[str]  # "timeout", "death" or "error" where the verifier failed, else ""
+    given: list[str | None]  # normalised answers; None if there is none
+    failures: list[str]  # "timeout", "death" or "error" if the verifier failed, else ""
     seconds: float  # that judging took
-    asked: int  # of the N, those that verifiers were asked about; the others score 0 unseen
+    num_judged: int  # items that a verifier judged; the other of the N score 0 without one
 
 
 class VerifierPool:
     """Worker processes that live as long as a run; a context manager.
 
-    Not for several threads at a time. Linux ends a worker with the thread that started it, so the
-    thread that makes a pool should live as long.
+    Only one thread may use a pool at a time. Linux ends a worker together with the thread that
+    started it, so the thread that makes a pool should live as long as the pool.
 
     Example:
         >>> with VerifierPool(["exact_match"], RewardConfig(workers=1)) as pool:
@@ -92,20 +93,20 @@ class VerifierPool:
         """Starts the workers and waits until they are ready.
 
         Args:
-            verifiers: names of all that items will ask for.
+            verifiers: names of the verifiers of all items.
             config: workers, deadline, memory limit.
 
         Raises:
-            UserError: a function of the user cannot be imported, or no worker starts.
+            UserError: a user's function cannot be imported, or no worker starts.
         """
         self._verifiers = tuple(dict.fromkeys(verifiers))
         self._config = config
         count = config.workers
-        self._count = min(os.cpu_count() or 1, _MOST_WORKERS) if count is None else count
+        self._count = min(os.cpu_count() or 1, _MAX_WORKERS) if count is None else count
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
-        # Also where the pool is dropped, or the interpreter ends, without `close`.
+        # Runs also if the pool is garbage-collected, or the interpreter ends, without `close`.
         self._stop = weakref.finalize(self, _stop_all, self._selector, self._workers)
         try:
             self._refill()
@@ -122,19 +123,19 @@ class VerifierPool:
         self.close()
 
     def close(self) -> None:
-        """Kills the workers; none is left when it returns."""
+        """Kills all workers and waits until they have ended."""
         self._stop()
 
     def judge(self, items: Sequence[Item]) -> Judged:
-        """Judges a batch; whatever the items are, it returns.
+        """Judges a batch; it returns for any items.
 
-        The worst are items of which each takes a worker with it: every one costs a deadline and the
-        start of a replacement (0.4 s with math-verify, what a user's function imports, a minute at
-        most), items / workers times.
+        In the worst case every item ends its worker. Then each worker needs, for each of its items,
+        a deadline and the start of a replacement: 0.4 s with math-verify, the imports of a user's
+        function, a minute at most.
 
         Raises:
-            UserError: a function of the user fails on every item it was asked for, by an error, its
-                process's death or the deadline.
+            UserError: a user's function fails on every item that it judges, by an error, the death
+                of its process or the deadline.
         """
         started = time.monotonic()
         waiting = collections.deque(range(len(items)))
@@ -142,14 +143,14 @@ class VerifierPool:
         try:
             self._refill()
             for worker in [worker for worker in self._workers if worker.idle and worker.ended]:
-                self._replace(worker, "death", waiting, results)  # between two batches: no blame
+                self._replace(worker, "death", waiting, results)  # it has no items
             while len(results) < len(items):
                 for worker in self._workers:
                     if waiting and worker.idle:
                         worker.assign(_chunk(items, waiting, self._count), self._config.deadline_s)
                 self._turn(waiting, results)
         except BaseException:
-            _stop_all(self._selector, self._workers, for_good=False)
+            _stop_all(self._selector, self._workers, close_selector=False)
             raise
         seconds = time.monotonic() - started
         _report_failures(items, results)
@@ -159,7 +160,7 @@ class VerifierPool:
             given=[result.given for result in ordered],
             failures=[result.failed for result in ordered],
             seconds=seconds,
-            asked=len(items),
+            num_judged=len(items),
         )
 
     def _refill(self) -> None:
@@ -171,20 +172,20 @@ class VerifierPool:
             self._selector.register(worker.socket, selectors.EVENT_READ, worker)
 
     def _turn(self, waiting: collections.deque[int], results: dict[int, _Result]) -> None:
-        """Waits for the next message or deadline and does what follows from it."""
+        """Waits for the next message or deadline and handles it."""
         due = min((worker.due for worker in self._workers), default=math.inf)
-        patience = max(0.0, due - time.monotonic())
+        timeout = max(0.0, due - time.monotonic())
         for worker in self._workers:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.sending else 0)
             self._selector.modify(worker.socket, events, worker)
-        for key, _ in self._selector.select(patience):
+        for key, _ in self._selector.select(timeout):
             worker = key.data
             alive = worker.write()
             for message in worker.read():
                 self._take(worker, message, results)
             if not alive or worker.closed:
                 self._replace(worker, "death", waiting, results)
-        # After reading: what has arrived in time counts, even if this process was held up.
+        # After reading, as verdicts that arrived in time count even if this process was delayed.
         now = time.monotonic()
         for worker in [worker for worker in self._workers if worker.due <= now]:
             self._replace(worker, "timeout", waiting, results)
@@ -207,15 +208,15 @@ class VerifierPool:
         waiting: collections.deque[int],
         results: dict[int, _Result],
     ) -> None:
-        """Ends a worker, blames the item it was at, and puts its others back in front."""
+        """Replaces a worker: its current item fails, its other items return to the front."""
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
         worker.stop()
         if not worker.ready:
             self._failed_starts += 1
-            if self._failed_starts >= _FAILED_STARTS:
-                how = "within a minute" if failure == "timeout" else "but end at once"
-                raise UserError(f"verifier processes do not start {how}; their errors are above")
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                cause = "within a minute" if failure == "timeout" else "but end at once"
+                raise UserError(f"verifier processes do not start {cause}; their errors are above")
         if worker.tasks:
             results[worker.tasks.popleft()] = _Result(0.0, None, None, failure)
             waiting.extendleft(reversed(worker.tasks))
@@ -230,7 +231,7 @@ class _Result(NamedTuple):
 
     @property
     def failed(self) -> str:
-        """The kind of failure, empty where there is a verdict."""
+        """The kind of failure; empty if there is a verdict."""
         return self.failure or ("error" if self.error is not None else "")
 
 
@@ -238,24 +239,24 @@ class _Worker:
     """One process and the socket to it."""
 
     def __init__(self, verifiers: tuple[str, ...], config: RewardConfig) -> None:
-        self.socket, theirs = socket.socketpair()
+        self.socket, worker_end = socket.socketpair()
         memory = config.memory_mib * 2**20
-        settings = (theirs.fileno(), os.getpid(), verifiers, config.deadline_s, memory)
-        with theirs:
+        settings = (worker_end.fileno(), os.getpid(), verifiers, config.deadline_s, memory)
+        with worker_end:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, json.dumps([sys.path, settings])],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a user's function prints is no result of the run
+                stdout=2,  # prints of a user's function are no output of the run
                 env={"OMP_NUM_THREADS": "1", **os.environ, "JAX_PLATFORMS": "cpu"}
-                # SymPy's paths through an expression depend on it: same verdicts in every worker.
+                # The order in which SymPy simplifies depends on it: same verdicts in all workers.
                 | {"PYTHONHASHSEED": "0"},
                 start_new_session=True,  # Ctrl-C is the trainer's; a group is killed as one
             )
         self.socket.setblocking(False)
         self.ready = self.closed = False
         self.tasks: collections.deque[int] = collections.deque()
-        self.due = time.monotonic() + _SECONDS_TO_START
+        self.due = time.monotonic() + _START_SECONDS
         self._outgoing = memoryview(b"")
         self._incoming = bytearray()
 
@@ -284,7 +285,7 @@ class _Worker:
         self.due = time.monotonic() + deadline if self.tasks else math.inf
 
     def write(self) -> bool:
-        """Sends what fits; False where nobody is there to read it."""
+        """Sends as much as the socket takes; False if the worker has closed its end."""
         try:
             while self._outgoing:
                 self._outgoing = self._outgoing[self.socket.send(self._outgoing) :]
@@ -295,7 +296,7 @@ class _Worker:
         return True
 
     def read(self) -> Iterator[Any]:
-        """The messages that have arrived; sets `closed` at the end of them."""
+        """Yields the messages that have arrived; sets `closed` if no more can come."""
         try:
             while part := self.socket.recv(2**16):
                 self._incoming += part
@@ -314,7 +315,7 @@ class _Worker:
             yield message
 
     def stop(self) -> None:
-        """Kills the process, and what it started, and reaps it."""
+        """Kills the process and its children, and reaps it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -323,29 +324,29 @@ class _Worker:
 
 
 def _stop_all(
-    selector: selectors.BaseSelector, workers: list[_Worker], for_good: bool = True
+    selector: selectors.BaseSelector, workers: list[_Worker], close_selector: bool = True
 ) -> None:
     while workers:
         worker = workers.pop()
         selector.unregister(worker.socket)
         worker.stop()
-    if for_good:
+    if close_selector:
         selector.close()
 
 
 def _chunk(
     items: Sequence[Item], waiting: collections.deque[int], workers: int
 ) -> tuple[list[int], bytes]:
-    """Takes a worker's next items off `waiting`: many small ones or a single large one."""
-    most = min(_CHUNK_ITEMS, max(1, len(waiting) // (4 * workers)))
+    """Takes a worker's next items off `waiting`: many small items or one large item."""
+    max_items = min(_CHUNK_ITEMS, max(1, len(waiting) // (4 * workers)))
     indices: list[int] = []
     packed: list[bytes] = []
     size = 0
-    while waiting and len(indices) < most:
+    while waiting and len(indices) < max_items:
         item = items[waiting[0]]
         if ":" not in item.verifier:
-            reads = READS.get(item.verifier, len(item.completion))
-            item = item._replace(completion=item.completion[-reads:], record={})
+            read = CHARACTERS_READ.get(item.verifier, len(item.completion))
+            item = item._replace(completion=item.completion[-read:], record={})
         data = pickle.dumps(tuple(item))
         size += len(data)
         if indices and size > _CHUNK_BYTES:
@@ -356,8 +357,12 @@ def _chunk(
 
 
 def _report_failures(items: Sequence[Item], results: Mapping[int, _Result]) -> None:
-    """A line a verifier about its failures; where a user's function does nothing else, the end."""
-    asked: collections.Counter[str] = collections.Counter(item.verifier for item in items)
+    """Logs one line about each verifier's failures.
+
+    Raises:
+        UserError: a user's function failed on all its items.
+    """
+    counts: collections.Counter[str] = collections.Counter(item.verifier for item in items)
     failed: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         if results[index].failed:
@@ -365,31 +370,31 @@ def _report_failures(items: Sequence[Item], results: Mapping[int, _Result]) -> N
     for verifier, indices in failed.items():
         kinds = collections.Counter(results[index].failed for index in indices)
         first = items[indices[0]]
-        where = f" on {first.record['id']}" if "id" in first.record else ""
+        problem = f" on {first.record['id']}" if "id" in first.record else ""
         result = results[indices[0]]
-        text = (result.error or _HOW[result.failure].format(verifier)) + where
-        many = f"{len(indices)} of {asked[verifier]}"
-        if ":" in verifier and len(indices) == asked[verifier]:
-            raise UserError(f"no verdict of {many}: {text}" if len(indices) > 1 else text)
-        told = ", ".join(f"{name} {kinds[kind]}" for kind, name in _PLURAL.items() if kinds[kind])
-        _LOG.warning("%s verdicts failed (%s), the first: %s", many, told, text)
+        text = (result.error or _CAUSES[result.failure].format(verifier)) + problem
+        share = f"{len(indices)} of {counts[verifier]}"
+        if ":" in verifier and len(indices) == counts[verifier]:
+            raise UserError(f"no verdict of {share}: {text}" if len(indices) > 1 else text)
+        listed = ", ".join(f"{name} {kinds[kind]}" for kind, name in _PLURAL.items() if kinds[kind])
+        _LOG.warning("%s verdicts failed (%s), the first: %s", share, listed, text)
 
 
 def reward_metrics(
     batches: Sequence[Judged], gather: Callable[[np.ndarray], np.ndarray] = lambda own: own
 ) -> dict[str, float]:
-    """What the judging of some batches cost, and how often verifiers failed, under names to log.
+    """Metrics of judging some batches: time, throughput and failures of verifiers.
 
     Args:
         batches: that this process has judged.
-        gather: from this process's row of figures [1, 5] to those of all processes, which judge at
-            the same time: of their seconds the most counts, of the rest the sum.
+        gather: from this process's row of figures [1, 5] to the rows of all processes. They judge
+            at the same time, so the metrics are the maximum of seconds and the sums of the rest.
     """
     seconds = sum(judged.seconds for judged in batches)
-    asked = sum(judged.asked for judged in batches)
+    num_judged = sum(judged.num_judged for judged in batches)
     counts = collections.Counter(failure for judged in batches for failure in judged.failures)
     kinds = ("timeout", "death", "error")
-    figures = gather(np.array([[seconds, asked, *(counts[kind] for kind in kinds)]]))
+    figures = gather(np.array([[seconds, num_judged, *(counts[kind] for kind in kinds)]]))
     seconds = float(figures[:, 0].max())
     items, timeouts, deaths, errors = figures[:, 1:].sum(axis=0).tolist()
     return {

@@ -1,8 +1,8 @@
 # pyright: strict
-"""What happens to scores between the verifier and the advantages: length penalty, group filter.
+"""Shaping of scores between the verifier and the advantages: length penalty, group filter.
 
-Host code on NumPy: it runs between generation and the train step, where the decision to draw more
-prompts is taken. Leaves scoring to the verifiers and the drawing of prompts to the rollout.
+Host code on NumPy: it runs between sampling and the update, when dynamic sampling decides whether
+it needs more prompts. Leaves scoring to the verifiers and drawing prompts to the rollout.
 """
 
 import math
@@ -18,30 +18,31 @@ def overlong_penalty(
     buffer_tokens: int,
     factor: float = 1.0,
 ) -> Float[np.ndarray, "..."]:
-    """Penalises completions that run into the last stretch of the length limit.
+    """Penalises completions that reach the last `buffer_tokens` before the length limit.
 
     penalty = min((max_tokens - buffer_tokens - n) / buffer_tokens * factor, 0): none up to
     max_tokens - buffer_tokens, then linear down to -factor at max_tokens. It is added to the score.
 
     Args:
-      lengths: n, the length of each completion in tokens (not characters), integers.
-      max_tokens: the longest completion generated, tokens.
-      buffer_tokens: the length of the penalised stretch, tokens.
-      factor: the penalty at max_tokens, in the unit of the score.
+        lengths: n, the length of each completion in tokens (not characters), integers.
+        max_tokens: the longest completion generated, tokens.
+        buffer_tokens: number of the last tokens that are penalised.
+        factor: the penalty at max_tokens, in the unit of the score.
 
     Returns:
-      Penalties <= 0, float32, shaped like `lengths`. The line is not cut off beyond max_tokens,
-      which generation does not exceed.
+        Penalties <= 0, float32, shaped like `lengths`. There is no lower bound beyond max_tokens,
+        which generation does not exceed.
 
     Raises:
-      ValueError: `lengths` is not of integers, `buffer_tokens` is not within 1 … `max_tokens`, or
-        `factor` is negative or not finite.
+        ValueError: `lengths` is not of integers, `buffer_tokens` is not within 1 … `max_tokens`, or
+            `factor` is negative or not finite.
 
     Example:
-      >>> overlong_penalty(np.array([4096, 6144, 8192]), max_tokens=8192, buffer_tokens=4096)
-      array([ 0. , -0.5, -1. ], dtype=float32)
+        >>> overlong_penalty(np.array([4096, 6144, 8192]), max_tokens=8192, buffer_tokens=4096)
+        array([ 0. , -0.5, -1. ], dtype=float32)
 
-    Source: DAPO, arXiv 2503.14476, section 3.4.
+    Source:
+        DAPO, arXiv 2503.14476, section 3.4.
     """
     lengths = np.asarray(lengths)
     if not np.issubdtype(lengths.dtype, np.integer):
@@ -60,22 +61,23 @@ def overlong_penalty(
 def informative_groups(
     accuracies: Real[np.ndarray, "P G"] | Bool[np.ndarray, "P G"],
 ) -> Bool[np.ndarray, "P"]:
-    """Marks the groups that dynamic sampling keeps: those whose completions differ in accuracy.
+    """Marks the groups that dynamic sampling keeps: those whose completions differ in score.
 
     keep = std(accuracies) > 0.
 
     Args:
-      accuracies: the verifier's verdict on the G completions of each of P prompts. Not the shaped
-        reward: length penalties differ inside a group that is all right or all wrong, and such a
-        group teaches brevity, not correctness.
+        accuracies: scores of the G completions of each of P prompts, without length penalties:
+            these differ inside a group that is all right or all wrong, and such a group teaches
+            brevity, not correctness.
 
     Returns:
-      One boolean per prompt. Groups of one carry no contrast and are never kept.
+        One boolean per prompt. Groups of one completion are never kept.
 
     Raises:
-      ValueError: `accuracies` is not two-dimensional, or its groups are empty.
+        ValueError: `accuracies` is not two-dimensional, or its groups are empty.
 
-    Source: DAPO, arXiv 2503.14476, section 3.2.
+    Source:
+        DAPO, arXiv 2503.14476, section 3.2.
     """
     accuracies = np.asarray(accuracies)
     if accuracies.ndim != 2 or accuracies.shape[1] == 0:

@@ -1,11 +1,12 @@
 """Mathematical equality by math-verify, in the settings its authors recommend for rewards.
 
-Owns how exactly numbers are compared; what of a completion is read is `occ_jax.rewards.latex`'s,
-parsing and equality are the library's. Imported by the verifier processes alone: it loads SymPy,
-and hostile formulas (towers of exponents, factorials, deep nests) make the library hang or fill the
-memory, so call it through `occ_jax.rewards.pool`.
+Owns the tolerances of comparisons. Leaves finding the answer in a completion to
+`occ_jax.rewards.latex`, and parsing and equality to the library. Only the verifier processes import
+it: it loads SymPy, and hostile formulas (towers of exponents, factorials, deep nests) make the
+library hang or fill the memory, so call it through `occ_jax.rewards.pool`.
 
-Source: math-verify 0.9.0, https://github.com/huggingface/Math-Verify, "What setting I should use".
+Source:
+    math-verify 0.9.0, https://github.com/huggingface/Math-Verify, "What setting I should use".
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import math_verify as library
 from latex2sympy2_extended import NormalizationConfig
 from sympy import MatrixBase, Number
 
-from occ_jax.rewards.latex import final_answer, from_formulas, in_base, readable
-from occ_jax.rewards.verifiers import READS, Verdict, shortened
+from occ_jax.rewards.latex import disambiguate, final_answer, from_formulas, in_base
+from occ_jax.rewards.verifiers import CHARACTERS_READ, Verdict, shortened
 
-# Every call runs under the pool's deadline. The library's own is a signal, which does not stop all
-# that hangs, and it warns when it is switched off.
+# Every call runs under the pool's deadline. The library's own deadline is a signal, which does not
+# stop everything that hangs, and the library warns when it is switched off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-# The answer is found and made unambiguous before the library sees it, so it reads a box; the right
-# answer is read in the same way, or one that repeats it would not always equal it.
+# The library reads a box, as the answer is extracted and made unambiguous before. The right answer
+# is read in the same way, or a completion that repeats it would not always equal it.
 _BOXED = library.LatexExtractionConfig(
     boxed_match_priority=0,
     normalization_config=NormalizationConfig(
@@ -41,18 +42,21 @@ _BOXED = library.LatexExtractionConfig(
     ),
 )
 
+_LIBRARY_PLACES, _LIBRARY_DIGITS = 6, 15  # decimals and digits that the library compares
+_EXTRA_PLACES, _EXTRA_DIGITS = 2, 12  # for a small answer, beyond the zeros after its point
+
 
 def math_verify(completion: str, answer: str) -> Verdict:
-    r"""Right where the completion's final answer equals the answer as mathematics.
+    r"""Right if the completion's final answer equals the answer mathematically.
 
-    The final answer is what `occ_jax.rewards.latex.final_answer` finds among the final 2,000
-    characters: a last line "Answer: ...", the last \boxed{...}, or formulas after "answer is". An
-    answer that does not parse is wrong, whatever stands before it. A number in a base (`4343_6`) is
-    right where its digits and base are the answer's.
+    `occ_jax.rewards.latex.final_answer` finds the final answer among the final 2,000 characters: a
+    last line "Answer: ...", the last \boxed{...}, or formulas after "answer is". An answer that
+    does not parse is wrong; earlier answers are not tried. A number in a base (`4343_6`) is right
+    if its digits and base are those of the answer.
 
-    Both sides are compared by the library with the answer as gold. Its tolerances are absolute (6
-    decimals, 15 digits), under which all small numbers are equal; where the answer is smaller than
-    a thousandth they are scaled to it.
+    The library compares both sides with the answer as gold. Its tolerances are absolute (6
+    decimals, 15 digits), so it takes all small numbers as equal; for an answer below a thousandth
+    the tolerances are scaled to it.
 
     Example:
         >>> math_verify(r"So it is \boxed{\frac{1}{2}}.", "0.5").score
@@ -62,30 +66,30 @@ def math_verify(completion: str, answer: str) -> Verdict:
         >>> math_verify(r"\boxed{20\,14}", "34").score  # 1.0 by the library: it adds the two
         0.0
     """
-    given = final_answer(completion[-READS["math_verify"] :])
+    given = final_answer(completion[-CHARACTERS_READ["math_verify"] :])
     if not given:
         return Verdict(0.0, None)
     right = from_formulas(answer.strip(), plain=True) or answer
     if in_base(given) or in_base(right):
         name = "_".join(in_base(given) or (given,))
         return Verdict(float(in_base(given) == in_base(right)), shortened(name))
-    found, gold = _parse(given), _gold(right)
+    parsed, gold = _parse(given), _gold(right)
     if given == right:
-        return Verdict(1.0, shortened(_canonical(found or [given])))
-    if not found or not gold.parsed:
-        return Verdict(0.0, shortened(_canonical(found)) if found else None)
+        return Verdict(1.0, shortened(_canonical(parsed or [given])))
+    if not parsed or not gold.parsed:
+        return Verdict(0.0, shortened(_canonical(parsed)) if parsed else None)
     equal = library.verify(
         gold.parsed,
-        found,
+        parsed,
         float_rounding=gold.places,
         numeric_precision=gold.digits,
         timeout_seconds=0,
     )
-    return Verdict(float(equal), shortened(_canonical(found)))
+    return Verdict(float(equal), shortened(_canonical(parsed)))
 
 
 class _Gold(NamedTuple):
-    """A right answer, and the decimals and digits that comparisons with it need."""
+    """A right answer, and the decimals and digits with which it is compared."""
 
     parsed: list[Any]
     places: int
@@ -93,11 +97,12 @@ class _Gold(NamedTuple):
 
 
 def _parse(answer: str) -> list[Any]:
-    """The parsed expression and its LaTeX; the LaTeX alone where it is no expression; or nothing.
+    """The parsed expression and its LaTeX; the LaTeX alone if it is no expression; or nothing.
 
-    The first match only: the library would go on to earlier answers where the last does not parse.
+    Only the first match: the library would continue with earlier answers if the last does not
+    parse.
     """
-    latex = readable(answer)
+    latex = disambiguate(answer)
     if latex is None:
         return []
     return library.parse(
@@ -109,11 +114,12 @@ def _parse(answer: str) -> list[Any]:
 def _gold(answer: str) -> _Gold:
     parsed = _parse(answer)
     zeros = max(0, -math.floor(math.log10(_smallest(parsed[:1]))))
-    return _Gold(parsed, max(6, zeros + 2), max(15, zeros + 12))
+    places = max(_LIBRARY_PLACES, zeros + _EXTRA_PLACES)
+    return _Gold(parsed, places, max(_LIBRARY_DIGITS, zeros + _EXTRA_DIGITS))
 
 
 def _smallest(gold: list[Any]) -> float:
-    """The smallest magnitude but 0 among the numbers a gold answer is or lists; at most 1."""
+    """The smallest magnitude above 0 of the numbers in a gold answer; at most 1."""
     smallest = 1.0
     for expression in gold:
         if isinstance(expression, str):
@@ -133,12 +139,12 @@ def _smallest(gold: list[Any]) -> float:
     return smallest
 
 
-def _canonical(found: list[Any]) -> str:
-    """A name for the given answer, equal for 34, 34.0 and 034, 0.5 and 1/2.
+def _canonical(parsed: list[Any]) -> str:
+    """The given answer's canonical form, the same for 34, 34.0 and 034, and for 0.5 and 1/2.
 
-    Other expressions go by their LaTeX without spaces: printing one would evaluate it.
+    For other expressions it is their LaTeX without spaces, as printing one would evaluate it.
     """
-    expression, latex = found[0], found[-1]
+    expression, latex = parsed[0], parsed[-1]
     if isinstance(expression, Number) and expression.is_finite:
         try:
             return str(Fraction(str(expression)))

@@ -1,10 +1,11 @@
 # pyright: strict
-"""A reward function of the user's own, named in the config and called in the verifier processes.
+"""Reward functions of users: import by the name in the config, and calls in verifier processes.
 
     def score(completion: str, answer: str, record: Mapping[str, Any]) -> float: ...
 
-`record` holds the problem's "id", "source" and "prompt". 1 means right and 0 wrong, in pass@k and
-where a failed call is counted as wrong; other finite numbers are kept as they are.
+`record` holds the problem's "id", "source" and "prompt". A score of 1 means right and 0 wrong;
+other finite numbers are kept as they are. pass@k counts scores of 1 or more as right, and a call
+that fails scores 0.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ def load_function(name: str) -> UserFunction:
     """Imports "package.module:function" or "path/to/file.py:function".
 
     Raises:
-        UserError: no such file, module or function, or importing it fails.
+        UserError: the file, module or function does not exist, or importing it fails.
     """
-    where, _, attribute = name.rpartition(":")
-    load = _import_file if where.endswith(".py") else importlib.import_module
+    location, _, attribute = name.rpartition(":")
+    load = _import_file if location.endswith(".py") else importlib.import_module
     try:
-        module: Any = load(where)
-    except Exception as error:  # the user's code: importing it may raise anything
+        module: Any = load(location)
+    except Exception as error:  # importing a user's code may raise anything
         raise UserError(
-            f"the reward function {name} cannot be imported: {described(error)}"
+            f"the reward function {name} cannot be imported: {describe(error)}"
         ) from error
     function: Any = getattr(module, attribute, None)
     if not callable(function):
-        held = "is not callable" if hasattr(module, attribute) else "does not exist"
-        raise UserError(f"the reward function {name} {held}")
+        fault = "is not callable" if hasattr(module, attribute) else "does not exist"
+        raise UserError(f"the reward function {name} {fault}")
     return cast("UserFunction", function)
 
 
@@ -51,12 +52,12 @@ def call(name: str, function: UserFunction, *arguments: Any) -> float:
     """The function's score of one completion.
 
     Raises:
-        CallFailed: it raised, or returned something that is no finite number.
+        CallFailed: the function raised, or returned no finite number.
     """
     try:
         value: Any = function(*arguments)
     except BaseException as error:  # sys.exit() in a reward function ends no worker
-        raise CallFailed(f"the reward function {name} raised {described(error)}") from error
+        raise CallFailed(f"the reward function {name} raised {describe(error)}") from error
     try:
         score = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -69,12 +70,12 @@ def call(name: str, function: UserFunction, *arguments: Any) -> float:
 
 
 def _import_file(file: str) -> Any:
-    """A file as a module of its own; it may import its neighbours, as a script may."""
+    """Imports a file as a module; like a script, it may import files of its directory."""
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     sys.path.insert(0, str(path.parent.resolve()))
-    name = f"_reward_function_{path.stem}"  # no file shadows a module that others import
+    name = f"_reward_function_{path.stem}"  # so that it shadows no other module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a .py file always has them
     module = importlib.util.module_from_spec(spec)
@@ -83,7 +84,7 @@ def _import_file(file: str) -> Any:
     return module
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """An exception's type and the start of its message."""
     text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,9 +1,9 @@
 # pyright: strict
-"""Rules that judge a completion by its text: what is read, what is normalised, what is equal.
+"""Verifiers that compare text: the part they read, its normalisation, and equality.
 
 Every verifier is a pure function `(completion, answer) -> Verdict` on strings, without JAX and
-without state. They are fast but for `math_verify` (`occ_jax.rewards.symbolic`), which may also hang
-on hostile text; `occ_jax.rewards.pool` runs all of them where that harms nobody.
+without state. Leaves equality of formulas to `occ_jax.rewards.symbolic`, and isolation to
+`occ_jax.rewards.pool`, which runs all verifiers in processes that may hang or crash.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from occ_jax.rewards.latex import joined
+from occ_jax.rewards.latex import join_digit_groups
 
-_LONGEST_GIVEN = 256  # characters of an answer that is kept as it is
+_LONGEST_GIVEN = 256  # characters; a longer answer is shortened
 
-# The characters at the end of a completion that are read; whole ones by the others. The rule of
-# DAPO says 300. math-verify needs up to quadratic time, and no answer of MATH-500 exceeds 159.
-READS = {"math_dapo": 300, "math_verify": 2000}
+# Characters at the end of a completion that a verifier reads; the others read all of it. DAPO's
+# rule says 300. math-verify takes up to quadratic time, and no answer of MATH-500 exceeds 159.
+CHARACTERS_READ = {"math_dapo": 300, "math_dapo_strict": 300, "math_verify": 2000}
 
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 
-# Replaced in this order, before what is dropped.
+# Replaced in this order, before `_DELETED` are deleted.
 _REPLACED = (
     *(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", "")),
     *(("mbox", "text"), (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}")),
 )
-_DROPPED = (
+_DELETED = (
     *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", "\\ldots"),
     *("sue", "points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds"),
     *("meters", "meals", "edges", "students", "childrentickets", "multiples"),
@@ -35,7 +35,7 @@ _DROPPED = (
     *("\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"),
 )
 _REWRITTEN = (
-    (re.compile(r".*?\$(.*?)\$.*"), r"$\1$"),  # what stands between the first two dollars
+    (re.compile(r".*?\$(.*?)\$.*"), r"$\1$"),  # the text between the first two dollars
     (re.compile(r"\\text\{(.*?)\}"), r"\1"),
     (re.compile(r"\\textbf\{(.*?)\}"), r"\1"),
     (re.compile(r"\\overline\{(.*?)\}"), r"\1"),
@@ -44,8 +44,7 @@ _REWRITTEN = (
     (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),
 )
 
-
-# Of a line that gives one answer.
+# `math_dapo_strict` tells by these whether a line gives one answer.
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _BEFORE_DOLLARS = re.compile(r"\s*(?:\\?[A-Za-z](?:[A-Za-z_(){}+*\-\s]*[^\s])?\s*=\s*)?")
 _AFTER_DOLLARS = re.compile(r"[\s.]*")
@@ -54,16 +53,16 @@ _DIGITS = re.compile(r"\d+")
 
 
 class Verdict(NamedTuple):
-    """What a verifier says about one completion."""
+    """The result of a verifier for one completion."""
 
     score: float
-    """1 for a right completion, 0 for a wrong one; functions of users may say other numbers."""
+    """1 for a right completion, 0 for a wrong one; a user's function may return other numbers."""
     given: str | None
-    """The answer the completion gives, normalised, which majorities are counted over."""
+    """The normalised answer that the completion gives; maj@k counts votes by it."""
 
 
 def exact_match(completion: str, answer: str) -> Verdict:
-    """Right where the completion is the answer, character by character.
+    """Right if the completion equals the answer, character by character.
 
     Example:
         >>> exact_match("951413", "951413")
@@ -75,7 +74,7 @@ def exact_match(completion: str, answer: str) -> Verdict:
 
 
 def last_step(completion: str, answer: str) -> Verdict:
-    """As `exact_match`, of what follows the last ">": intermediate steps are free.
+    """`exact_match` on the text after the last ">": intermediate steps are free.
 
     Example:
         >>> last_step("13>22>28", "28")
@@ -85,61 +84,86 @@ def last_step(completion: str, answer: str) -> Verdict:
 
 
 def math_dapo(completion: str, answer: str) -> Verdict:
-    r"""The rule DAPO trains with: the last "Answer: ..." among the final 300 characters.
+    r"""DAPO's rule as published: the last "Answer: ..." among the final 300 characters.
 
-    What follows the colon on its line, and the answer, are normalised (the part after the last
-    "=", without units, dollars, spaces, \text and \boxed) and compared as strings. So `34`, `$34$`,
-    `\boxed{34}` and `x=34` answer 34; `34.`, `34.0`, `034` and `**Answer:** 34` do not.
+    The text after the colon, up to the end of its line, and the answer are normalised (the part
+    after the last "=", without units, dollars, spaces, \text and \boxed) and compared as strings.
+    So `34`, `$34$`, `\boxed{34}` and `x=34` answer 34; `34.`, `34.0`, `034` and `**Answer:** 34` do
+    not.
 
-    One departure: the published rule keeps what stands between the first two dollars or after the
-    last "=" of a line that gives several answers, and drops what stands between digits. Here such a
-    line is wrong: one with more than a pair of dollars, or anything but `x=`, units and a full stop
-    beside them; one with a list before its last "="; and one whose digits were apart, unless in
-    well-formed groups of three.
+    The normalisation keeps the text between the first two dollars or after the last "=", and
+    deletes spaces and units between digits. So the rule also pays for some lines that give several
+    answers, or none; a policy can learn to write them. `math_dapo_strict` does not pay for them.
 
     Example:
         >>> math_dapo("The sum is 34.\nAnswer: $x=34$", "34")
         Verdict(score=1.0, given='34')
         >>> math_dapo("The sum is 34.", "34")
         Verdict(score=0.0, given=None)
-        >>> math_dapo("Answer: 12 or $34$", "34")  # 1.0 as published
-        Verdict(score=0.0, given=None)
+        >>> math_dapo("Answer: $34$ or $12$", "34").score, math_dapo("Answer: 3 4", "34").score
+        (1.0, 1.0)
 
-    Source: DAPO, arXiv 2503.14476; the normalisation is Minerva's, arXiv 2206.14858, appendix D.1.
+    Source:
+        DAPO, arXiv 2503.14476, and its release in verl, `math_dapo.py`; the normalisation is
+        Minerva's, arXiv 2206.14858, appendix D.1.
     """
-    found = _ANSWER_LINE.findall(completion[-READS["math_dapo"] :])
-    if not found:
+    line = _last_answer_line(completion)
+    if line is None:
         return Verdict(0.0, None)
-    given = _normalised(found[-1])
-    if not _is_one_answer(found[-1], given, answer):
-        return Verdict(0.0, None)
+    given = _normalised(line)
     return Verdict(float(given == _normalised(answer)), shortened(given))
 
 
-def _is_one_answer(line: str, given: str, answer: str) -> bool:
-    """Whether the line gives one answer, of which `given` is the normalised form."""
+def math_dapo_strict(completion: str, answer: str) -> Verdict:
+    r"""`math_dapo`, but wrong if the line does not give exactly one answer.
+
+    These lines are wrong: a line with more than one pair of dollars, or with anything but `x=`,
+    units and a full stop beside the pair; a line with a list before its last "="; and a line whose
+    digits become one number only when the text between them is deleted, unless they stand in
+    well-formed groups of three.
+
+    Example:
+        >>> math_dapo_strict("The sum is 34.\nAnswer: $x=34$", "34")
+        Verdict(score=1.0, given='34')
+        >>> math_dapo_strict("Answer: 12 or $34$", "34")
+        Verdict(score=0.0, given=None)
+    """
+    line = _last_answer_line(completion)
+    if line is None or not _is_one_answer(line, answer):
+        return Verdict(0.0, None)
+    return math_dapo(completion, answer)
+
+
+def _last_answer_line(completion: str) -> str | None:
+    lines = _ANSWER_LINE.findall(completion[-CHARACTERS_READ["math_dapo"] :])
+    return lines[-1] if lines else None
+
+
+def _is_one_answer(line: str, answer: str) -> bool:
+    """Whether the line gives one answer, written as one."""
     parts = _DOLLAR.split(line)
     if len(parts) > 3:
         return False
     if len(parts) == 3:
         after = parts[2]
-        for word in _DROPPED:
+        for word in _DELETED:
             after = after.replace(word, "")
         if not (_BEFORE_DOLLARS.fullmatch(parts[0]) and _AFTER_DOLLARS.fullmatch(after)):
             return False
     if _LIST.search(line.rpartition("=")[0]):
         return False
-    runs = _DIGITS.findall(joined(line, commas=True))
-    if runs == _DIGITS.findall(joined(answer, commas=True)):
+    numbers = _DIGITS.findall(join_digit_groups(line, commas=True))
+    if numbers == _DIGITS.findall(join_digit_groups(answer, commas=True)):
         return True
-    return all(any(run in whole for whole in runs) for run in _DIGITS.findall(given))
+    given = _DIGITS.findall(_normalised(line))
+    return all(any(number in written for written in numbers) for number in given)
 
 
 def _normalised(text: str) -> str:
     text = text.rpartition("=")[2]
     for old, new in _REPLACED:
         text = text.replace(old, new)
-    for word in _DROPPED:
+    for word in _DELETED:
         text = text.replace(word, "")
     for pattern, form in _REWRITTEN:
         text = pattern.sub(form, text)
@@ -149,7 +173,7 @@ def _normalised(text: str) -> str:
 
 
 def shortened(given: str) -> str:
-    """A given answer as it is kept: one of many characters as its beginning and a digest."""
+    """A given answer as records keep it: a long one as its beginning and a digest."""
     if len(given) <= _LONGEST_GIVEN:
         return given
     digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:16]

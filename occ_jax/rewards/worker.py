@@ -1,13 +1,12 @@
 # pyright: strict
-"""A verifier process: takes completions from a socket, answers each with a verdict.
+"""A verifier process: reads completions from a socket and answers each with a verdict.
 
-It must not load JAX, so this module and what it imports stay off everything that does. It is
-started by `occ_jax.rewards.pool`, whose side of the protocol this is. Messages are pickles after
-their length, 8 bytes:
+It must not load JAX, so this module imports nothing that does. `occ_jax.rewards.pool` starts it and
+has the other side of the protocol. A message is a pickle after its length in 8 bytes:
 
-    to the worker     [item, item, ...]   each (verifier, completion, answer, record), pickled apart
-    from the worker   ("ready", None) once, or ("refused", message) where a verifier cannot be had
-    from the worker   (score, given, error) for each item, in order, as soon as it is known
+    to the worker     [item, item, ...]   each a pickle of (verifier, completion, answer, record)
+    from the worker   ("ready", None) once, or ("refused", message) if a verifier cannot be loaded
+    from the worker   (score, given, error) for each item, in order, as soon as it is judged
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ Judge = Callable[[str, str, Mapping[str, Any]], Verdict]
 
 
 class Settings(NamedTuple):
-    """What a worker is started with."""
+    """The arguments of a worker."""
 
-    descriptor: int  # of its end of the socket
-    parent: int  # the pool's process
+    descriptor: int  # of the worker's end of the socket
+    parent: int  # process id of the pool
     verifiers: tuple[str, ...]
     deadline: float  # seconds for one item
     memory: int  # bytes
 
 
 def main(settings: Settings) -> None:
-    """Judges until the other end of the socket is closed."""
-    grace = 0.0 if _ends_with(settings.parent) else 2 * settings.deadline + 5
+    """Judges items until the pool closes its end of the socket."""
+    grace = 0.0 if _die_with(settings.parent) else 2 * settings.deadline + 5
     _limit(resource.RLIMIT_CORE, 0)
-    # Not the address space, of which libraries reserve far more than they use.
+    # RLIMIT_DATA and not RLIMIT_AS, as libraries reserve far more address space than they use.
     _limit(resource.RLIMIT_DATA, settings.memory)
     with socket.socket(fileno=settings.descriptor) as connection:
         try:
@@ -65,19 +64,21 @@ def main(settings: Settings) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _ends_with(parent: int) -> bool:
-    """Asks the kernel to kill this process when its parent ends; False where it does not know how.
+def _die_with(parent: int) -> bool:
+    """Requests the kernel to kill this process when its parent ends; False if it cannot.
 
-    Should the pool's process be killed, nobody is left to end a worker that hangs, and one that is
-    stuck in C runs no handler. Linux has this for it. Elsewhere a timer does, whose signal is not
-    caught either, but which a user's function cancels that sets a timer of its own.
+    If the pool's process is killed, nothing else ends a worker that hangs, and a worker that hangs
+    in C code runs no signal handler. Only Linux has this request. Elsewhere a timer does the same
+    by a signal without a handler, but a user's function that sets its own timer cancels it.
     """
     if sys.platform != "linux":
         return False
-    asked = ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
-    if os.getppid() != parent:  # it ended before that
+    requested = (
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+    )
+    if os.getppid() != parent:  # the parent ended before the request
         os._exit(1)
-    return asked
+    return requested
 
 
 def _load(name: str) -> Judge:
@@ -87,34 +88,34 @@ def _load(name: str) -> Judge:
         return _without_record(math_verify)
     if ":" not in name:
         return _without_record(getattr(verifiers, name))
-    return functools.partial(_of_user, name, user.load_function(name))
+    return functools.partial(_judge_by_user, name, user.load_function(name))
 
 
 def _without_record(verifier: Callable[[str, str], Verdict]) -> Judge:
     return lambda completion, answer, _: verifier(completion, answer)
 
 
-def _of_user(name: str, function: user.UserFunction, *arguments: Any) -> Verdict:
+def _judge_by_user(name: str, function: user.UserFunction, *arguments: Any) -> Verdict:
     return Verdict(user.call(name, function, *arguments), None)
 
 
 def _judged(judges: dict[str, Judge], item: bytes) -> tuple[float, str | None, str | None]:
-    """(score, given, None), or (0, None, what went wrong)."""
+    """(score, given, None), or (0, None, error) if the verifier failed."""
     try:
         name, *arguments = pickle.loads(item)
         score, given = judges[name](*arguments)
     except user.CallFailed as error:
         return 0.0, None, str(error)
     except BaseException as error:  # MemoryError and RecursionError among others
-        return 0.0, None, f"a verifier raised {user.described(error)}"
+        return 0.0, None, f"a verifier raised {user.describe(error)}"
     return score, given, None
 
 
-def _limit(kind: int, most: int) -> None:
-    _, ceiling = resource.getrlimit(kind)
-    if ceiling != resource.RLIM_INFINITY:
-        most = min(most, ceiling)
-    resource.setrlimit(kind, (most, ceiling))
+def _limit(kind: int, limit: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(kind, (limit, hard))
 
 
 def _send(connection: socket.socket, message: Any) -> None:
@@ -123,7 +124,7 @@ def _send(connection: socket.socket, message: Any) -> None:
 
 
 def _receive(connection: socket.socket) -> Any:
-    """The next message, or None where there will be no more."""
+    """The next message, or None if the pool has closed its end."""
     header = _read(connection, LENGTH.size)
     data = None if header is None else _read(connection, *LENGTH.unpack(header))
     return None if data is None else pickle.loads(data)

@@ -29,8 +29,8 @@ from occ_jax.parallel.exchange import (
     put_process_rows,
     put_replicated,
 )
+from occ_jax.rewards.judging import judge_completions
 from occ_jax.rewards.pool import Judged, reward_metrics
-from occ_jax.rewards.scoring import judge_completions
 from occ_jax.rewards.shaping import informative_groups, overlong_penalty
 from occ_jax.setup import Setup
 from occ_jax.types import Batch, Params, Rollout

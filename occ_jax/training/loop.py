@@ -26,10 +26,10 @@ from occ_jax.config import Config
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import (
     TrainingPrompts,
-    drawn,
     evaluation_prompts,
-    go_on,
     iterate,
+    prompts_read,
+    skip_to,
     training_prompts,
 )
 from occ_jax.errors import UserError
@@ -110,7 +110,7 @@ def _train(setup: Setup, progress: Progress) -> dict[str, Any]:
     else:
         progress.say(f"resuming {directory.path} at step {resume_step} of {config.run.steps}")
         state, prompts_drawn = checkpoints.restore(resume_step, like)
-        go_on(prompts, prompts_drawn // jax.process_count())
+        skip_to(prompts, prompts_drawn // jax.process_count())
         if penalised:
             reference = starting_params(setup, progress.say)["trunk"]
     log: RunLog | None = None
@@ -148,8 +148,8 @@ def _process_prompts(
     return iterate(
         training.prompts,
         prompts // processes,
-        host=jax.process_index(),
-        num_hosts=processes,
+        process=jax.process_index(),
+        num_processes=processes,
     )
 
 
@@ -308,7 +308,7 @@ class Run:
 
     def prompts_drawn(self) -> int:
         """Returns the number of prompts that all processes have drawn."""
-        return drawn(self.prompts) * jax.process_count()
+        return prompts_read(self.prompts) * jax.process_count()
 
     def data_figures(self) -> Row:
         """Returns the size of a prepared set, and how far through it the run has come."""

@@ -1,6 +1,7 @@
-"""Figures and tables of evaluations, and of two policies compared question by question.
+"""Measures and tables of an evaluation, and of two policies compared question by question.
 
-Reads records alone, so all of it can be made again from the files of an evaluation.
+Everything is computed from records, so it can be computed again from the files of an evaluation.
+Leaves estimators to `occ_jax.evaluation.statistics`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from occ_jax.errors import UserError
 from occ_jax.evaluation.records import Record, read_records
 from occ_jax.evaluation.statistics import (
-    MOST_ANSWERS,
+    MAX_ANSWERS,
     Interval,
     interval,
     majority_at_k,
@@ -27,30 +28,31 @@ from occ_jax.evaluation.statistics import (
 
 NOTE = (
     "Mean over questions ± half of its normal 95% interval, clustered by question; shares in "
-    "percent. avg@n: answers that are right; pass@k: questions with a right one among k answers; "
-    "maj@k: questions on which the most frequent of k answers is right, ties shared."
+    "percent. avg@n: answers that are right; pass@k: questions with a right answer among k; maj@k: "
+    "questions on which the most frequent of k answers is right, ties shared."
 )
 COMPARISON_NOTE = (
     "Differences are paired by question, in percentage points, ± half of their normal 95% "
-    "interval; * where it excludes 0. Last column: questions on which B is better, worse, equal."
+    "interval; * marks an interval without 0. Last column: questions on which B is better, worse, "
+    "equal."
 )
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float]:
-    """What a run logs of one evaluation, under "val/".
+    """The metrics "val/..." that a run logs of one evaluation.
 
-    avg@n with its 95% interval clustered by question, pass@n and maj@n of all n answers, lengths,
-    completions that the verifier failed on, the exact objective and the modules' agreement where
-    there are such.
+    They are avg@n with its 95% interval clustered by question, pass@n and maj@n of all n answers,
+    lengths, the number of completions that the verifier failed on, and, if the records have them,
+    the exact objective and the modules' agreement.
     """
     samples = len(records[0].scores)
     measures = per_question(records, [samples])
     figures: dict[str, float] = {}
     for name, values in measures.items():
-        found = interval(values)
-        figures[f"val/{name}"] = found.mean
-        if name.startswith(("avg@", "objective")) and math.isfinite(found.half_width):
-            figures[f"val/{name}_ci95"] = found.half_width
+        mean, half_width = interval(values)
+        figures[f"val/{name}"] = mean
+        if name.startswith(("avg@", "objective")) and math.isfinite(half_width):
+            figures[f"val/{name}_ci95"] = half_width
     figures["val/accuracy"] = figures[f"val/avg@{samples}"]
     figures["val/response_length/mean"] = float(np.mean([r.lengths for r in records]))
     figures["val/response_length/clip_ratio"] = float(np.mean([r.truncated for r in records]))
@@ -62,13 +64,14 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
 
 
 def per_question(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """The numbers that means and intervals are of: measure -> float64 [Q].
+    """Every measure's value for each question: name -> float64 [Q].
 
-    avg@n, then pass@k and maj@k for every k of `ks`, then the exact objective; without what the
-    records do not give. An answer is right in pass@k where its score is 1 or more.
+    The measures are avg@n, then pass@k and maj@k for every k of `ks`, then the exact objective;
+    those that the records do not have are left out. For pass@k, an answer with score 1 or more is
+    right.
 
     Raises:
-        UserError: questions differ in their number of answers, or a k is not to be had of it.
+        UserError: questions differ in their number of answers, or `require_ks` refuses a k.
     """
     samples = len(records[0].scores)
     for record in records:
@@ -93,13 +96,13 @@ def per_question(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.n
 
 
 def require_ks(ks: Sequence[int], samples: int, *, majorities: bool) -> None:
-    """Refuses a k that n answers a question give no figure for.
+    """Refuses every k for which pass@k or maj@k cannot be computed.
 
     Args:
-        ks: of pass@k and maj@k.
-        samples: n.
-        majorities: whether maj@k is wanted too: a verifier that names the answers it reads, any but
-            a function of the user's own, gives it.
+        ks: k of pass@k and maj@k.
+        samples: n, answers a question.
+        majorities: whether maj@k is computed too. It needs a verifier that returns the answer it
+            reads; a user's function does not.
 
     Raises:
         UserError: a k exceeds n, or maj@k of so many answers cannot be computed.
@@ -107,15 +110,15 @@ def require_ks(ks: Sequence[int], samples: int, *, majorities: bool) -> None:
     for k in ks:
         if k > samples:
             raise UserError(f"--k is {k}; it must be at most the {samples} answers a question has")
-        if majorities and k < samples and samples > MOST_ANSWERS:
+        if majorities and k < samples and samples > MAX_ANSWERS:
             raise UserError(
                 f"--k is {k} of {samples:,} samples a question; maj@k is computed from at most "
-                f"{MOST_ANSWERS:,} samples, or of all of them (--k {samples})"
+                f"{MAX_ANSWERS:,} samples, or of all of them (--k {samples})"
             )
 
 
 def figures_of(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
-    """One set's figures as JSON values; None for an interval of a single question."""
+    """One set's figures as JSON values; the interval of a single question is None."""
     lengths = np.array([record.lengths for record in records])
     truncated = np.array([record.truncated for record in records], float).mean(axis=1)
     failures = collections.Counter(failure for record in records for failure in record.failures)
@@ -123,7 +126,7 @@ def figures_of(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
     return {
         "questions": len(records),
         "samples": len(records[0].scores),
-        **{name: _json(found) for name, found in intervals.items()},
+        **{name: _to_json(interval) for name, interval in intervals.items()},
         "agreement": _agreement(records),
         "response_length": {
             "mean": float(lengths.mean()),
@@ -131,27 +134,27 @@ def figures_of(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
             "p95": float(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
         },
-        "truncated": _json(interval(truncated)),
+        "truncated": _to_json(interval(truncated)),
         "verifier_failures": {kind: failures[kind] for kind in ("timeout", "death", "error")},
     }
 
 
 def evaluation_report(sets: Mapping[str, Sequence[Record]], ks: Sequence[int]) -> dict[str, Any]:
-    """Every set's figures, and the mean over sets where there are several; JSON values."""
-    found = {name: figures_of(records, ks) for name, records in sets.items()}
-    if len(found) < 2:
-        return {"sets": found}
-    first, *others = found.values()
+    """Every set's figures and, for several sets, their mean; JSON values."""
+    by_set = {name: figures_of(records, ks) for name, records in sets.items()}
+    if len(by_set) < 2:
+        return {"sets": by_set}
+    first, *others = by_set.values()
     common = [name for name in first if "@" in name and all(name in other for other in others)]
     means = {
-        name: _json(mean_of_sets([_interval(figures[name]) for figures in found.values()]))
+        name: _to_json(mean_of_sets([_from_json(figures[name]) for figures in by_set.values()]))
         for name in common
     }
-    return {"sets": found, "mean": means}
+    return {"sets": by_set, "mean": means}
 
 
 def evaluation_cells(report: Mapping[str, Any]) -> list[list[str]]:
-    """The table of an `evaluation_report`; columns that no set has a figure for are left out."""
+    """Cells of the table of an `evaluation_report`; columns without any figure are left out."""
     rows = dict(report["sets"])
     if "mean" in report:
         rows["mean of sets"] = report["mean"]
@@ -161,20 +164,20 @@ def evaluation_cells(report: Mapping[str, Any]) -> list[list[str]]:
     cells[0].append("not judged")
     for name, figures in rows.items():
         row = [name, f"{figures['questions']:,}" if "questions" in figures else "–"]
-        row += [_percent(_interval(figures[x])) if x in figures else "–" for x in shares]
+        row += [_percent(_from_json(figures[x])) if x in figures else "–" for x in shares]
         if "questions" not in figures:
             cells.append([*row, *"––––––"])
             continue
         lengths, failed = figures["response_length"], sum(figures["verifier_failures"].values())
         row.append(" / ".join(f"{100 * x:.1f}" for x in figures["agreement"]) or "–")
         row += [f"{lengths[x]:,.0f}" for x in ("mean", "median", "max")]
-        cells.append([*row, _percent(_interval(figures["truncated"])), str(failed)])
+        cells.append([*row, _percent(_from_json(figures["truncated"])), str(failed)])
     columns = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"–"}]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 class Evaluated(NamedTuple):
-    """The files of one evaluation."""
+    """The contents of one evaluation's directory."""
 
     directory: Path
     headers: dict[str, dict[str, Any]]  # by set
@@ -182,15 +185,15 @@ class Evaluated(NamedTuple):
 
 
 def read_evaluation(directory: Path) -> Evaluated:
-    """All finished sets of an evaluation's directory.
+    """Reads all sets of an evaluation's directory.
 
     Raises:
-        UserError: there are none, or one was not finished.
+        UserError: the directory holds no set, or an unfinished one.
     """
     files = sorted(directory.glob("*.jsonl"))
     if not files:
         raise UserError(f"{directory} holds no records of an evaluation (*.jsonl)")
-    found = Evaluated(directory, {}, {})
+    evaluated = Evaluated(directory, {}, {})
     for path in files:
         header, records = read_records(path)
         if len(records) < header["num_questions"]:
@@ -198,25 +201,25 @@ def read_evaluation(directory: Path) -> Evaluated:
                 f"{path} holds {len(records):,} of {header['num_questions']:,} questions; start "
                 "its evaluation again to finish it"
             )
-        found.headers[header["set"]], found.sets[header["set"]] = header, records
-    return found
+        evaluated.headers[header["set"]], evaluated.sets[header["set"]] = header, records
+    return evaluated
 
 
 def compare_evaluations(first: Evaluated, second: Evaluated, ks: Sequence[int]) -> dict[str, Any]:
-    """How the second policy differs from the first on the sets that both answered.
+    """Compares two policies on the sets that both answered.
 
     Args:
-        first: A.
-        second: B.
-        ks: k of pass@k and maj@k; empty for the largest that both have.
+        first: evaluation A.
+        second: evaluation B.
+        ks: k of pass@k and maj@k; if empty, the largest k that both evaluations have.
 
     Returns:
         JSON values: "rows", one per set and measure, with both means, the paired difference and the
-        counts of questions; "mean", the difference of avg over sets, where there are several;
-        "settings", those in which the evaluations differ.
+        counts of questions; for several sets "mean", the mean difference of avg; "settings", those
+        in which the evaluations differ.
 
     Raises:
-        UserError: no common set, or a set whose questions are not the same.
+        UserError: the evaluations have no common set, or their questions differ.
     """
     names = [name for name in first.sets if name in second.sets]
     if not names:
@@ -228,68 +231,69 @@ def compare_evaluations(first: Evaluated, second: Evaluated, ks: Sequence[int]) 
     for name in names:
         a, b = first.sets[name], second.sets[name]
         _require_same_questions(name, a, b)
-        chosen = ks or [min(len(a[0].scores), len(b[0].scores))]
-        before, after = _named_alike(per_question(a, chosen)), _named_alike(per_question(b, chosen))
+        set_ks = ks or [min(len(a[0].scores), len(b[0].scores))]
+        before, after = (_rename_avg(per_question(records, set_ks)) for records in (a, b))
         for measure in before:
             if measure in after:
-                found = paired(before[measure], after[measure])
+                comparison = paired(before[measure], after[measure])
                 rows.append(
                     {
                         "set": name,
                         "questions": len(a),
                         "measure": measure,
-                        "a": _json(interval(before[measure])),
-                        "b": _json(interval(after[measure])),
-                        "difference": _json(found.difference),
-                        "better": found.better,
-                        "worse": found.worse,
-                        "equal": found.equal,
+                        "a": _to_json(interval(before[measure])),
+                        "b": _to_json(interval(after[measure])),
+                        "difference": _to_json(comparison.difference),
+                        "better": comparison.better,
+                        "worse": comparison.worse,
+                        "equal": comparison.equal,
                     }
                 )
     result: dict[str, Any] = {"a": str(first.directory), "b": str(second.directory), "rows": rows}
     if len(names) > 1:
-        differences = [_interval(row["difference"]) for row in rows if row["measure"] == "avg"]
-        result["mean"] = {"measure": "avg", "difference": _json(mean_of_sets(differences))}
+        differences = [_from_json(row["difference"]) for row in rows if row["measure"] == "avg"]
+        result["mean"] = {"measure": "avg", "difference": _to_json(mean_of_sets(differences))}
     result["settings"] = {
-        name: found
+        name: differences
         for name in names
-        if (found := _differing(first.headers[name], second.headers[name]))
+        if (differences := _differing_settings(first.headers[name], second.headers[name]))
     }
     return result
 
 
 def comparison_cells(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """The table of a `compare_evaluations`."""
+    """Cells of the table of a comparison, which `compare_evaluations` returns."""
     cells = [["set", "measure", "questions", "A", "B", "B - A", "better/worse/equal"]]
     for row in comparison["rows"]:
         counts = f"{row['better']}/{row['worse']}/{row['equal']}"
-        a, b = _percent(_interval(row["a"])), _percent(_interval(row["b"]))
-        difference = _difference(_interval(row["difference"]))
+        a, b = _percent(_from_json(row["a"])), _percent(_from_json(row["b"]))
+        difference = _difference(_from_json(row["difference"]))
         questions = f"{row['questions']:,}"
         cells.append([row["set"], row["measure"], questions, a, b, difference, counts])
     if "mean" in comparison:
-        difference = _difference(_interval(comparison["mean"]["difference"]))
+        difference = _difference(_from_json(comparison["mean"]["difference"]))
         cells.append(["mean of sets", "avg", "–", "–", "–", difference, "–"])
     return cells
 
 
 def _require_same_questions(name: str, a: Sequence[Record], b: Sequence[Record]) -> None:
-    ours, theirs = ({record.id: record.answer for record in records} for records in (a, b))
-    for id in (*ours, *theirs):
-        if ours.get(id) != theirs.get(id):
-            kind = "with another answer" if id in ours and id in theirs else "in one of them only"
-            raise UserError(f"the evaluations on {name} are of different questions: {id} is {kind}")
-    if list(ours) != list(theirs):
+    first, second = ({record.id: record.answer for record in records} for records in (a, b))
+    for id in (*first, *second):
+        if first.get(id) != second.get(id):
+            both = id in first and id in second
+            reason = f"{id} has different answers" if both else f"only one of them has {id}"
+            raise UserError(f"the evaluations on {name} are of different questions: {reason}")
+    if list(first) != list(second):
         raise UserError(f"the evaluations on {name} have their questions in different orders")
 
 
-def _named_alike(measures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """avg@16 and avg@32 estimate the same, so they can be compared as avg."""
+def _rename_avg(measures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names avg@n "avg": avg@16 and avg@32 estimate the same number and can be compared."""
     return {name if "avg" not in name else "avg": values for name, values in measures.items()}
 
 
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
-    # Two policies have two tokenizers, which the digest of the questions speaks of too.
+def _differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+    # Policies may have different tokenizers, on which the digest of the questions depends too.
     expected = {"policy", "questions", "prompts a call", "completions"}
     return {
         name: [a.get(name), b.get(name)]
@@ -299,7 +303,7 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any
 
 
 def _agreement(records: Sequence[Record]) -> list[float]:
-    """Per module, the share of tokens on which its most probable one is the main head's."""
+    """Each module's agreement: share of tokens where it and the main head prefer the same token."""
     shares: list[float] = []
     while f"agreed_{(k := len(shares) + 1)}" in records[0].figures:
         agreed, drafted = (
@@ -310,25 +314,26 @@ def _agreement(records: Sequence[Record]) -> list[float]:
     return shares
 
 
-def _json(found: Interval) -> dict[str, float | None]:
-    half = found.half_width if math.isfinite(found.half_width) else None
-    return {"mean": found.mean, "half_width": half}
+def _to_json(interval: Interval) -> dict[str, float | None]:
+    mean, half = interval
+    return {"mean": mean, "half_width": half if math.isfinite(half) else None}
 
 
-def _interval(value: Mapping[str, float | None]) -> Interval:
+def _from_json(value: Mapping[str, float | None]) -> Interval:
     mean, half = value["mean"], value["half_width"]
     return Interval(math.nan if mean is None else mean, math.nan if half is None else half)
 
 
-def _percent(found: Interval) -> str:
-    half = f" ± {100 * found.half_width:.1f}" if math.isfinite(found.half_width) else ""
-    return f"{100 * found.mean:.1f}{half}"
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.mean:.1f}{_plus_minus(interval)}"
 
 
-def _difference(found: Interval) -> str:
-    sure = abs(found.mean) > found.half_width  # False where there is no interval
-    return f"{round(100 * found.mean, 1) + 0.0:+.1f}" + (
-        f" ± {100 * found.half_width:.1f}{'*' if sure else ''}"
-        if math.isfinite(found.half_width)
-        else ""
-    )
+def _difference(interval: Interval) -> str:
+    excludes_zero = abs(interval.mean) > interval.half_width  # False if there is no interval
+    mark = "*" if excludes_zero else ""
+    return f"{round(100 * interval.mean, 1) + 0.0:+.1f}{_plus_minus(interval)}{mark}"
+
+
+def _plus_minus(interval: Interval) -> str:
+    half = interval.half_width
+    return f" ± {100 * half:.1f}" if math.isfinite(half) else ""
