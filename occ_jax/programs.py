@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from occ_jax.config import Config, computation
 from occ_jax.models.model import Model
-from occ_jax.parallel.sharding import on_mesh, replicated, row_shardings, rows
+from occ_jax.parallel.sharding import on_mesh, replicated, row_sharding, row_shardings
 from occ_jax.rl.batches import replace_rows, split_rollout
 from occ_jax.rl.regime import active_estimator, scores_modules
 from occ_jax.rl.train_step import Metrics, abstract_state, train_step
@@ -93,7 +93,7 @@ class Programs:
 
         def run(*arguments: Any) -> list[Batch]:
             batches = split_rollout(self.model, self.config, *arguments)
-            shardings = [row_shardings(self.mesh, batch) for batch in batches]
+            shardings = [row_shardings(self.mesh, Batch)] * len(batches)
             return jax.lax.with_sharding_constraint(batches, shardings)
 
         return jax.jit(on_mesh(self.mesh, run))
@@ -139,7 +139,7 @@ class Programs:
         return jax.jit(
             on_sampling_mesh(self.config, self.mesh, run),
             static_argnames="num_samples",
-            out_shardings=(row_shardings(self.mesh, Rollout), rows(self.mesh)),
+            out_shardings=(row_shardings(self.mesh, Rollout), row_sharding(self.mesh)),
         )
 
     @functools.cached_property
@@ -151,7 +151,7 @@ class Programs:
         return jax.jit(
             on_mesh(self.mesh, functools.partial(completion_probability, self.model)),
             static_argnames="response",
-            out_shardings=rows(self.mesh),
+            out_shardings=row_sharding(self.mesh),
         )
 
     @functools.cached_property

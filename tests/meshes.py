@@ -23,7 +23,7 @@ from occ_jax.config import (
     RolloutConfig,
 )
 from occ_jax.models.model import Model
-from occ_jax.parallel.sharding import make_mesh, row_shardings, rows, state_shardings
+from occ_jax.parallel.sharding import make_mesh, row_sharding, row_shardings, state_shardings
 from occ_jax.programs import make_programs
 from occ_jax.rl.train_step import place_state
 from occ_jax.rollout.sampler import on_sampling_mesh, sample
@@ -138,7 +138,7 @@ def two_updates(model: str, regime: str, mesh: tuple[int, int, int, int]) -> Fou
     own = jax.device_put(own, state_shardings(devices, own))
     state = place_state(config, own, 0, devices)
     step = make_programs(config, devices, (1,), 0).update
-    batch = jax.device_put(make_batch(), row_shardings(devices, make_batch()))
+    batch = jax.device_put(make_batch(), row_shardings(devices, Batch))
     history = []
     for _ in range(2):
         state, metrics = step(state, batch)
@@ -205,7 +205,7 @@ def samples(
 
     params = jax.device_put(parameters(model), state_shardings(devices, parameters(model)))
     prompts = jax.device_put(
-        (make_batch().tokens[:B, :P], make_batch().valid[:B, :P]), rows(devices)
+        (make_batch().tokens[:B, :P], make_batch().valid[:B, :P]), row_sharding(devices)
     )
     run = on_sampling_mesh(Config(model=config, rollout=options), devices, run)
     return jax.device_get(jax.jit(run)(params, *prompts, jax.random.key(3)))

@@ -13,8 +13,8 @@ from occ_jax.cli.arguments import main
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
 from occ_jax.models import load_pretrained, read_config, save_pretrained
-from occ_jax.models.huggingface.files import open_checkpoint
 from occ_jax.models.huggingface.save import quantise
+from occ_jax.models.huggingface.tensors import open_checkpoint
 from occ_jax.parallel.sharding import make_mesh, state_shardings
 from tests.checkpoint_files import GOLDEN, change_json, copied, files
 

@@ -12,7 +12,7 @@ from flax import nnx
 from occ_jax.config import MeshConfig, ModelConfig, MoEConfig
 from occ_jax.models import moe
 from occ_jax.models.moe import Experts, MoE, Routing, dispatch
-from occ_jax.parallel.sharding import make_mesh, on_mesh, rows, state_shardings
+from occ_jax.parallel.sharding import make_mesh, on_mesh, row_sharding, state_shardings
 
 B, T, E, D, F, k = 8, 6, 4, 16, 32, 2
 CONFIG = ModelConfig(
@@ -46,7 +46,7 @@ def value_and_gradients(mesh, x):
     mesh = make_mesh(MeshConfig(**mesh))
     params = jax.device_put(layer()[1], state_shardings(mesh, layer()[1]))
     if len(x) % mesh.size == 0:
-        x = jax.device_put(x, rows(mesh))
+        x = jax.device_put(x, row_sharding(mesh))
     return jax.jit(on_mesh(mesh, both))(params, x)
 
 
@@ -95,7 +95,9 @@ def test_every_token_to_one_place():
     uneven["feed_forward"]["router"]["correction_bias"] = jnp.array([0.0, 0.0, 9.0, 9.0])
     mesh = make_mesh(MeshConfig(expert=2, data=4))
     spread = jax.device_put(uneven, state_shardings(mesh, uneven))
-    _, (out, chosen) = jax.jit(on_mesh(mesh, run))(spread, jax.device_put(tokens(), rows(mesh)))
+    _, (out, chosen) = jax.jit(on_mesh(mesh, run))(
+        spread, jax.device_put(tokens(), row_sharding(mesh))
+    )
     _, (wanted, _) = run(uneven, tokens())
     assert set(np.unique(chosen)) == {2, 3}
     assert_same(out, wanted)
@@ -150,7 +152,7 @@ def compiled(argnums=(0, 1), **mesh):
     both = jax.value_and_grad(run, argnums=argnums, has_aux=True)
     mesh = make_mesh(MeshConfig(**mesh))
     params = jax.device_put(layer()[1], state_shardings(mesh, layer()[1]))
-    x = jax.device_put(tokens(), rows(mesh))
+    x = jax.device_put(tokens(), row_sharding(mesh))
     return jax.jit(on_mesh(mesh, both)).lower(params, x).compile()
 
 

@@ -11,7 +11,7 @@ import pytest
 import occ_jax.training.experience
 from occ_jax.config import MeshConfig
 from occ_jax.files import read_rows
-from occ_jax.parallel.sharding import make_mesh, rows
+from occ_jax.parallel.sharding import make_mesh, row_sharding
 from occ_jax.programs import make_programs
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state, place_state
@@ -131,7 +131,7 @@ def test_the_state_is_updated_in_place(tmp_path, mesh_config, measure):
         weights=None,
         advantages=np.linspace(-1, 1, 8, dtype=np.float32),
     )
-    batch = map_rows(lambda x, axis: jax.device_put(x, rows(mesh, axis)), batch)
+    batch = map_rows(lambda x, axis: jax.device_put(x, row_sharding(mesh, axis)), batch)
     like = abstract_state(model, config, mesh)
     compiled = step.lower(like, batch).compile()
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from occ_jax.cli.arguments import main
 from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
-from occ_jax.models.huggingface.files import open_checkpoint
+from occ_jax.models.huggingface.tensors import open_checkpoint
 from occ_jax.rollout import sample
 from tests.checkpoint_files import GOLDEN, change_json, copied, files
 

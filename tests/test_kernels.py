@@ -12,17 +12,22 @@ from occ_jax.config import LatentAttentionConfig, MeshConfig, ModelConfig
 from occ_jax.errors import UserError
 from occ_jax.models import Model
 from occ_jax.models.attention import BY_HEAD, Columns, attend
-from occ_jax.models.kernels import by_lengths, choose, in_pieces, splash
-from occ_jax.parallel.sharding import make_mesh, on_mesh, rows
+from occ_jax.models.kernels import (
+    attend_by_lengths,
+    attend_by_splash,
+    attend_in_pieces,
+    choose_kernel,
+)
+from occ_jax.parallel.sharding import make_mesh, on_mesh, row_sharding
 
 ROWS, COLUMNS, HEADS, KV_HEADS, WIDTH = 4, 13, 4, 2, 8
 SCALE = 0.3
 PLAIN = ModelConfig(attention_kernel="plain")
 
 PATHS = {
-    "pieces": functools.partial(in_pieces, scale=SCALE, size=5),
-    "lengths": functools.partial(by_lengths, scale=SCALE, implementation="xla"),
-    "splash": functools.partial(splash, scale=SCALE, names=BY_HEAD),
+    "pieces": functools.partial(attend_in_pieces, scale=SCALE, size=5),
+    "lengths": functools.partial(attend_by_lengths, scale=SCALE, implementation="xla"),
+    "splash": functools.partial(attend_by_splash, scale=SCALE, names=BY_HEAD),
 }
 
 
@@ -47,7 +52,7 @@ def result_and_gradients(path, mesh=None):
     query, key, value, valid = arrays()
     if mesh is not None:
         path = on_mesh(mesh, path)
-        query, key, value = jax.device_put((query, key, value), rows(mesh))
+        query, key, value = jax.device_put((query, key, value), row_sharding(mesh))
     real = valid[:, :, None, None]
     weights = jnp.asarray(np.random.default_rng(1).normal(size=query.shape), jnp.float32)
 
@@ -158,8 +163,8 @@ def test_a_model_is_the_same_whatever_attends(latent, how):
 )
 def test_auto_goes_by_the_platform(monkeypatch, platform, dtype, width, wanted):
     monkeypatch.setattr("occ_jax.models.kernels._platform", lambda: platform)
-    assert choose("auto", jnp.dtype(dtype), width) == wanted
-    assert choose("plain", jnp.dtype(dtype), width) == "plain"
+    assert choose_kernel("auto", jnp.dtype(dtype), width) == wanted
+    assert choose_kernel("plain", jnp.dtype(dtype), width) == "plain"
 
 
 def test_a_kernel_that_cannot_work_is_refused():

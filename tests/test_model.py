@@ -16,13 +16,13 @@ from occ_jax.config import ModelConfig
 from occ_jax.models import Model, num_parameters
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.layers import norm
-from occ_jax.models.rope import Rotary, rotate
-from occ_jax.models.scoring import (
+from occ_jax.models.responses import (
     auxiliary_masks,
     auxiliary_states,
     column_positions,
     trunk_states,
 )
+from occ_jax.models.rope import Rotary, rotate
 
 ROWS, COLUMNS, VOCABULARY, MODULES = 3, 9, 16, 2
 SMALL = ModelConfig(

@@ -25,14 +25,14 @@ from occ_jax.models.cache import extend
 from occ_jax.models.delta_net import Signals, delta_chunks, delta_step
 from occ_jax.models.layers import whole_tiles
 from occ_jax.models.moe import MoE
-from occ_jax.models.rope import Rotary, rotary, rotate
-from occ_jax.models.scoring import (
+from occ_jax.models.responses import (
     auxiliary_states,
     column_positions,
     distillation_losses,
     score_tokens,
     trunk_states,
 )
+from occ_jax.models.rope import Rotary, rotary, rotate
 from occ_jax.models.transformer import Segment, layer_kinds, segments
 
 BASE = ModelConfig(

@@ -11,7 +11,7 @@ import pytest
 from occ_jax.config import ModelConfig
 from occ_jax.models import Model
 from occ_jax.models.distributions import token_log_probs
-from occ_jax.models.scoring import (
+from occ_jax.models.responses import (
     auxiliary_masks,
     auxiliary_states,
     trunk_states,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
+from occ_jax.cli.config_file import load_config
 from occ_jax.config import (
     AlgorithmConfig,
     Config,
@@ -23,14 +26,16 @@ from occ_jax.config import (
     RolloutConfig,
 )
 from occ_jax.errors import UserError
+from occ_jax.models.huggingface import read_config
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import score_tokens
+from occ_jax.models.responses import score_tokens
+from occ_jax.parallel import sharding
 from occ_jax.parallel.sharding import (
     abstract,
     make_mesh,
     on_mesh,
     replicated,
-    rows,
+    row_sharding,
     state_shardings,
 )
 from occ_jax.planning.hlo import collective_bytes
@@ -38,7 +43,10 @@ from occ_jax.programs import make_programs
 from occ_jax.rl import gradients
 from occ_jax.rl.train_step import abstract_state, place_state
 from occ_jax.types import Batch
+from tests.checkpoint_files import GOLDEN
 from tests.one_update import copied
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 B, P, R, V = 8, 4, 5, 16
 STORED = ("fsdp", "expert")
@@ -148,8 +156,8 @@ def test_a_mesh_does_what_one_device_does_with_every_part():
     assert_close(state.params, one.params, rtol=3e-5)
 
     # After two updates everything still lies where the table puts it.
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     theta = state.params["trunk"]
     moments = optax.tree_utils.tree_get(state.opt_state["trunk"], "nu")
     for tree in (theta, moments):
@@ -227,24 +235,84 @@ def test_the_abstract_state_is_the_placed_one_without_its_arrays():
         (("experts", "gate"), (3, 32, 16), Spec(None, STORED, "tensor")),
         (("head", "kernel"), (31, 16), Spec(None, "tensor")),
         (("layers", 0, 0, "mixer", "key", "bias"), (15,), Spec(None)),
-        # As is what bears a parameter's name but not its rank.
-        (("head", "kernel"), (), Spec()),
     ],
 )
 def test_the_table_of_shardings(path, shape, spec):
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))
+    (placed,) = jax.tree.leaves(state_shardings(mesh, named_like(path, shape)))
+    assert placed.mesh == mesh and placed.spec == spec
+
+
+def named_like(path, shape):
     tree = jax.ShapeDtypeStruct(shape, jnp.float32)
     for name in reversed(path):
         tree = {name: tree}
-    (sharding,) = jax.tree.leaves(state_shardings(mesh, tree))
-    assert sharding.mesh == mesh and sharding.spec == spec
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        (("layers", 0, "mixer", "other", "kernel"), (4, 4)),
+        (("layers", 0, "mixer", "other_norm", "scale"), (4,)),
+        (("other_count",), ()),
+        # A parameter's name with fewer dimensions than the parameter has.
+        (("layers", 0, "mixer", "query", "kernel"), (4,)),
+    ],
+)
+def test_a_parameter_that_the_table_does_not_name_is_an_error(path, shape):
+    state = {"trunk": parameters()["trunk"], "extra": named_like(path, shape)}
+    name = "/".join(map(str, ("extra", *path)))
+    with pytest.raises(ValueError, match=re.escape(f"{name} of shape {shape} is not in the")):
+        state_shardings(make_mesh(MeshConfig()), state)
+
+
+def every_config():
+    """The recipes, every family's published form, and a gate with biases, which no family has."""
+    recipes = (load_config(str(path)).model for path in CONFIGS.glob("*.py"))
+    families = (read_config(path.with_suffix("")) for path in GOLDEN.glob("*.npz"))
+    gated = dataclasses.replace(DENSE, attention_gate=True, qkv_bias=True, num_mtp_modules=1)
+    return [*recipes, *families, gated]
+
+
+def test_the_table_names_all_parameters_there_are_and_no_others():
+    used = set()
+    for config in every_config():
+        shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+            used.add((path[-2].key, path[-1].key))
+            assert len(sharding._PARAMETERS[path[-2].key, path[-1].key]) <= leaf.ndim
+    assert used == sharding._PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("regime", ["detach", "ce", "occ"])
+def test_the_table_names_all_of_an_optimizers_state(regime):
+    """Moments are where their parameter is; everything else is a field that is declared."""
+    config = make_config((1, 4, 2), regime=regime)
+    state = abstract_state(Model(config.model), config, make_mesh(config.mesh))
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    adam = [x for x in jax.tree.leaves(placed.opt_state, is_leaf=is_adam) if is_adam(x)]
+    assert (
+        [x.mu for x in adam]
+        == [x.nu for x in adam]
+        == [placed.params[part] for part in ("mtp", "trunk")]
+    )
+    others = jax.tree.leaves_with_path(state._replace(params=None))
+    others = {path[-1].name for path, _ in others if hasattr(path[-1], "name")}
+    wanted = {"step", "key", "count"} | (set() if regime == "detach" else {"coefficient"})
+    assert others == wanted | ({"correlation", "penalty"} if regime == "occ" else set())
+    assert others <= sharding._STATE_FIELDS
+
+
+def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
 
 
 @pytest.mark.parametrize("axis", ["data", "expert"])
 def test_rows_lie_over_every_axis_but_tensor(axis):
     mesh = make_mesh(MeshConfig(**{axis: 2}, fsdp=2, tensor=2))
-    assert rows(mesh).shard_shape((8, 5)) == (2, 5)
-    assert rows(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
+    assert row_sharding(mesh).shard_shape((8, 5)) == (2, 5)
+    assert row_sharding(mesh, 1).shard_shape((3, 8, 5)) == (3, 2, 5)
     assert replicated(mesh).shard_shape((8, 5)) == (8, 5)
 
 
@@ -322,7 +390,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_one_clear_line(mesh, changes, 
 def test_a_head_read_in_pieces_travels_as_often_as_one_read_at_once():
     """Weights there and gradients back, whatever the number of pieces that read them."""
     mesh, batch = make_mesh(MeshConfig(fsdp=4, tensor=2)), make_batch()
-    hidden = jax.ShapeDtypeStruct((B, R, 16), jnp.float32, sharding=rows(mesh))
+    hidden = jax.ShapeDtypeStruct((B, R, 16), jnp.float32, sharding=row_sharding(mesh))
 
     def sent(columns):
         model = Model(dataclasses.replace(DENSE, logits_columns=columns))

@@ -18,7 +18,7 @@ from occ_jax.parallel.sharding import (
     make_mesh,
     on_mesh,
     replicated,
-    rows,
+    row_sharding,
     state_shardings,
 )
 from occ_jax.programs import make_programs
@@ -113,7 +113,10 @@ def test_weights_are_gathered_once_a_rollout(model, mesh):
     params = abstract(devices, jax.eval_shape(Model(MODELS[model]).init, jax.random.key(0)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
-        *(jax.ShapeDtypeStruct((16, P), x, sharding=rows(devices)) for x in (np.int32, np.bool)),
+        *(
+            jax.ShapeDtypeStruct((16, P), x, sharding=row_sharding(devices))
+            for x in (np.int32, np.bool)
+        ),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(devices)),
     )
 
@@ -176,7 +179,7 @@ def test_no_device_holds_the_cache_of_others(model, mesh):
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
     params = jax.tree.map(place, params, shardings)
     batch = make_batch()
-    prompts = (place(x[:B, :P], rows(devices)) for x in (batch.tokens, batch.valid))
+    prompts = (place(x[:B, :P], row_sharding(devices)) for x in (batch.tokens, batch.valid))
     program = jax.jit(on_mesh(devices, run)).lower(params, *prompts, jax.random.key(0)).compile()
     shapes = {
         tuple(map(int, shape.split(",")))

@@ -263,7 +263,7 @@ def _add_convert(subparsers: Any) -> None:
 
 def _model_of(checkpoint: Path) -> list[str]:
     """The override that names the Hugging Face directory a checkpoint is, or was trained from."""
-    from occ_jax.models.huggingface.files import is_pretrained
+    from occ_jax.models.huggingface.tensors import is_pretrained
     from occ_jax.training.run_directory import RunDirectory
 
     if is_pretrained(checkpoint):

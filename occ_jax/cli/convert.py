@@ -10,9 +10,9 @@ import jax
 from occ_jax.config import DType, MeshConfig, ModelConfig, model_from_dict
 from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
-from occ_jax.models.huggingface.files import is_pretrained, read_json
 from occ_jax.models.huggingface.load import check_config
 from occ_jax.models.huggingface.save import StoredDType, new_directory
+from occ_jax.models.huggingface.tensors import is_pretrained, read_json
 from occ_jax.models.model import num_parameters
 from occ_jax.parallel.sharding import abstract, make_mesh
 from occ_jax.training.checkpoint import find_checkpoint, restore_params, save_params

@@ -1,4 +1,4 @@
-"""The decoder, its MTP modules and its caches, as pure functions of a parameter tree."""
+"""The model (trunk, MTP modules, caches) as pure functions of a parameter tree."""
 
 from occ_jax.models.attention import KVCache
 from occ_jax.models.huggingface import load_pretrained, read_config, save_pretrained

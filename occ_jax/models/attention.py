@@ -1,8 +1,8 @@
 """Causal grouped-query attention with rotary positions and an explicit KV cache.
 
-Owns what happens between a block's first norm and its residual sum, and `attend`, which the other
-kind of attention shares. Which columns are real tokens is the caller's knowledge (`Columns`), as is
-the cache: it comes in as an argument and goes out as a result.
+Owns the computation between a block's first norm and its residual sum, and `attend`, which latent
+attention shares. The caller knows which columns are real tokens (`Columns`) and keeps the cache: it
+is an argument and a result.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import ModelConfig
-from occ_jax.models.kernels import by_lengths, choose, in_pieces, splash
+from occ_jax.models.kernels import (
+    attend_by_lengths,
+    attend_by_splash,
+    attend_in_pieces,
+    choose_kernel,
+)
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
-from occ_jax.parallel.sharding import Names, constrain
+from occ_jax.parallel.sharding import DimNames, constrain
 
-BY_HEAD = ("rows", None, "heads", None)  # queries, keys and values on the mesh
+BY_HEAD = ("rows", None, "heads", None)  # dimensions of queries, keys and values
 
 
 class Columns(NamedTuple):
-    """Where the T columns of a call lie among the S that can be read."""
+    """Positions of the T columns of a call, and the S columns that they can read."""
 
-    positions: Int[Array, "B T"]  # int32, of each column in its own row
+    positions: Int[Array, "B T"]  # int32, position of each column in its own row
     valid: Bool[Array, "B S"]  # which columns hold real tokens
-    index: Int[Array, ""] | int  # of the first of the T columns; 0 without a cache, where S = T
+    index: Int[Array, ""] | int  # of the first of the T columns among S; 0 without a cache (S = T)
 
 
 class KVCache(NamedTuple):
@@ -53,21 +58,21 @@ def attend(
     columns: Columns,
     scale: float | None = None,
 ) -> Float[Array, "B T H X"]:
-    """Softmax attention of T query columns over S; `scale` is C^-0.5 unless given."""
+    """Softmax attention of T query columns over S columns; `scale` defaults to C^-0.5."""
     size, width = value.shape[-1], query.shape[-1]
     if size < width:
-        # The kernels want values as wide as keys.
+        # The kernels require values as wide as keys.
         value = jnp.pad(value, [(0, 0)] * 3 + [(0, width - size)])
     arrays, factor = (query, key, value), width**-0.5 if scale is None else scale
-    # Columns that are added to a cache are few, and what they attend to is not square.
+    # With a cache the queries are few and the scores are not square: no kernel is made for that.
     whole = isinstance(columns.index, int) and query.shape[1] == key.shape[1]
-    kernel = choose(config.attention_kernel, query.dtype, width) if whole else "plain"
+    kernel = choose_kernel(config.attention_kernel, query.dtype, width) if whole else "plain"
     if kernel == "splash":
-        out = splash(*arrays, columns.valid, factor, BY_HEAD)
+        out = attend_by_splash(*arrays, columns.valid, factor, BY_HEAD)
     elif kernel == "cudnn":
-        out = by_lengths(*arrays, columns.valid, factor, "cudnn")
+        out = attend_by_lengths(*arrays, columns.valid, factor, "cudnn")
     elif whole and 0 < config.attention_columns < query.shape[1]:
-        out = in_pieces(*arrays, columns.valid, factor, config.attention_columns)
+        out = attend_in_pieces(*arrays, columns.valid, factor, config.attention_columns)
     else:
         mask = attention_mask(columns)[:, None]
         out = jax.nn.dot_product_attention(*arrays, mask=mask, scale=scale)
@@ -78,9 +83,9 @@ def write_columns(
     cache: Float[Array, "B S *rest"],
     new: Float[Array, "B T *rest"],
     index: Int[Array, ""] | int,
-    names: Names,
+    names: DimNames,
 ) -> Float[Array, "B S *rest"]:
-    """Puts `new` (T columns) at columns index ... index+T-1; `names` say how a cache lies."""
+    """Writes `new` to columns index ... index+T-1; `names` are those of the cache's dimensions."""
     written = jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=1)
     return constrain(written, *names)
 
@@ -106,7 +111,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], columns: Columns, cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Attends over the cache's S columns, `x` written at `index` first, or over `x` itself."""
+        """Attends over `x`, or writes `x` into the cache at `index` and attends over the cache."""
         config = self.config
         shape = (*x.shape[:2], -1, config.head_dim)
         query, key, value = (
@@ -115,9 +120,9 @@ class Attention(nnx.Module):
         )
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        how = rotary(config, int(config.head_dim * config.rope_fraction))
-        query = rotate(query, columns.positions, how)
-        new = KVCache(rotate(key, columns.positions, how), value)
+        rope = rotary(config, int(config.head_dim * config.rope_fraction))
+        query = rotate(query, columns.positions, rope)
+        new = KVCache(rotate(key, columns.positions, rope), value)
         if cache is not None:
             pairs = zip(cache, new, strict=True)
             new = KVCache(*(write_columns(*pair, columns.index, BY_HEAD) for pair in pairs))

@@ -1,4 +1,4 @@
-"""What happens to a KV cache between prompt and first decoded token, and where it lies."""
+"""Caches of every kind of layer: room for a prompt's completions, and their shardings."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from jaxtyping import Array
 
 from occ_jax.models.attention import BY_HEAD, KVCache
 from occ_jax.models.delta_net import STATE, WINDOW, DeltaState
-from occ_jax.models.latent_attention import WHOLE, LatentCache
-from occ_jax.parallel.sharding import Names, constrain, spec_of
+from occ_jax.models.latent_attention import LATENT, LatentCache
+from occ_jax.parallel.sharding import DimNames, constrain, spec_of
 
 
 def extend(cache: Any, *, copies: int, columns: int) -> Any:
-    """Every row `copies` times, neighbours, and room for `columns` more columns.
+    """Repeats every row `copies` times, side by side, and adds room for `columns` more columns.
 
     Args:
-        cache: of one layer, or a list or tuple of caches; stacked over repeats or not.
-        copies: G, completions a prompt.
-        columns: to be written later. A state of fixed size holds any number and stays as it is.
+        cache: the cache of one layer, or a list or tuple of caches; stacked over repeats or not.
+        copies: G, completions per prompt.
+        columns: columns that will be written later; a state of fixed size needs no room for them.
     """
     match cache:
         case KVCache():
             return KVCache(*(_extend(x, BY_HEAD, copies, columns) for x in cache))
         case LatentCache():
-            return LatentCache(*(_extend(x, WHOLE, copies, columns) for x in cache))
+            return LatentCache(*(_extend(x, LATENT, copies, columns) for x in cache))
         case DeltaState(window, state):
             return DeltaState(_extend(window, WINDOW, copies, 0), _extend(state, STATE, copies, 0))
         case _:
@@ -34,12 +34,12 @@ def extend(cache: Any, *, copies: int, columns: int) -> Any:
 
 
 def cache_shardings(mesh: Mesh, cache: Any) -> Any:
-    """Where the arrays of caches lie on a mesh."""
+    """A sharding for every array of a cache, or of a list or tuple of caches."""
     match cache:
         case KVCache():
             names = (BY_HEAD, BY_HEAD)
         case LatentCache():
-            names = (WHOLE, WHOLE)
+            names = (LATENT, LATENT)
         case DeltaState():
             names = (WINDOW, STATE)
         case _:
@@ -50,10 +50,10 @@ def cache_shardings(mesh: Mesh, cache: Any) -> Any:
     )
 
 
-def _extend(x: Array, names: Names, copies: int, columns: int) -> Array:
-    """The first of the named axes holds rows, the next one columns."""
+def _extend(x: Array, names: DimNames, copies: int, columns: int) -> Array:
+    """The first named dimension holds rows, the next one columns."""
     axis = x.ndim - len(names)
-    # With `total_repeat_length` this would be a gather, for which rows meet on every device.
+    # With `total_repeat_length` this would be a gather, which collects all rows on every device.
     x = jnp.repeat(x, copies, axis=axis)
     padding = [(0, 0)] * x.ndim
     padding[axis + 1] = (0, columns)

@@ -1,10 +1,13 @@
-"""The gated delta net: linear attention whose state is corrected, not only added to.
+"""The gated delta net: linear attention that corrects its state instead of only adding to it.
 
-    S_t = e^(g_t) S_(t-1) + k_t (beta_t (v_t - e^(g_t) S_(t-1)^T k_t))^T,     o_t = S_t^T q_t
+    S_t = e^(g_t) S_(t-1) + k_t (β_t (v_t - e^(g_t) S_(t-1)ᵀ k_t))ᵀ,     o_t = S_tᵀ q_t
 
-(arXiv 2412.06464, equation 10, as released in Qwen3-Next). A column costs the same however long the
-context is, and the cache is one matrix a head. Sequences are worked on in chunks, inside which the
-recurrence becomes matrix products (section 3.3 there); single columns take the recurrence itself.
+The cost of a column does not depend on the length of the context, and the cache is one matrix per
+head. Sequences are computed in chunks, in which the recurrence becomes matrix products. Single
+columns use the recurrence itself.
+
+Source:
+    arXiv 2412.06464, equation 10 and section 3.3, as released in Qwen3-Next.
 """
 
 from __future__ import annotations
@@ -19,21 +22,27 @@ from jaxtyping import Array, Bool, Float
 from occ_jax.config import ModelConfig
 from occ_jax.models.attention import BY_HEAD, Columns
 from occ_jax.models.layers import linear, norm
+from occ_jax.models.pieces import join, split
 from occ_jax.parallel.sharding import constrain
 
-# What a layer remembers, on the mesh.
+# The range of decay rates at initialisation, and what is added to squared norms of queries and
+# keys: both as in the released models.
+_MIN_RATE, _MAX_RATE = 0.01, 16.0
+_NORM_EPSILON = 1e-6
+
+# Dimensions of the cache's two arrays.
 WINDOW, STATE = ("rows", None, None), ("rows", "heads", None, None)
 
 
 class DeltaState(NamedTuple):
-    """All that one layer remembers."""
+    """The cache of one layer."""
 
-    window: Float[Array, "B W-1 X"]  # the last columns before the convolution
+    window: Float[Array, "B W-1 X"]  # inputs of the convolution at the last columns
     state: Float[Array, "B H C X"]  # float32; S, keys by values
 
 
 class Signals(NamedTuple):
-    """What drives the recurrence, by head, float32."""
+    """Inputs of the recurrence for every value head, float32."""
 
     query: Float[Array, "B T H C"]
     key: Float[Array, "B T H C"]
@@ -59,7 +68,9 @@ class DeltaNet(nnx.Module):
         self.convolution = nnx.Param(
             draw(rngs.params(), (net.conv_width, channels), jnp.dtype(config.param_dtype))
         )
-        rates = jax.random.uniform(rngs.params(), (net.num_value_heads,), minval=0.01, maxval=16.0)
+        rates = jax.random.uniform(
+            rngs.params(), (net.num_value_heads,), minval=_MIN_RATE, maxval=_MAX_RATE
+        )
         self.log_rate = nnx.Param(jnp.log(rates))
         self.decay_bias = nnx.Param(jnp.ones(net.num_value_heads))
         self.norm = norm(config, net.value_head_dim, rngs, zero_centered=False)
@@ -68,7 +79,7 @@ class DeltaNet(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], columns: Columns, cache: DeltaState | None
     ) -> tuple[Float[Array, "B T D"], DeltaState]:
-        """Goes on from `cache`; columns that hold no token leave the state as it is."""
+        """Continues from `cache`; columns without a token do not change the state."""
         valid = jax.lax.dynamic_slice_in_dim(columns.valid, columns.index, x.shape[1], axis=1)
         x = jnp.where(valid[..., None], x, 0)
         if cache is None:
@@ -85,10 +96,10 @@ class DeltaNet(nnx.Module):
         window = constrain(window.astype(cache.window.dtype), *WINDOW)
         return self.output(out), DeltaState(window, constrain(state, *STATE))
 
-    def _convolve(self, x: Array, before: Array) -> tuple[Array, Array]:
-        """silu of a causal convolution, each channel by itself, and the columns to carry on."""
+    def _convolve(self, x: Array, window: Array) -> tuple[Array, Array]:
+        """Applies silu(causal convolution per channel); returns the next window as well."""
         width, columns = self.net.conv_width, x.shape[1]
-        padded = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
         kernel = self.convolution[...].astype(x.dtype)
         taps = (padded[:, i : i + columns] * kernel[i][None, None] for i in range(width))
         return jax.nn.silu(sum(taps, jnp.zeros_like(x))), padded[:, columns:]
@@ -116,7 +127,7 @@ class DeltaNet(nnx.Module):
 
 
 def empty_state(config: ModelConfig, rows: int) -> DeltaState:
-    """Nothing seen yet."""
+    """The state before the first column."""
     net = config.delta_net
     assert net is not None
     channels = 2 * net.num_key_heads * net.key_head_dim + net.num_value_heads * net.value_head_dim
@@ -133,11 +144,11 @@ def delta_step(
     """The recurrence for a single column.
 
     Args:
-        signals: T = 1.
-        state: S before it.
+        signals: with T = 1.
+        state: S before the column.
 
     Returns:
-        o and S after it.
+        o and S after the column.
     """
     query, key, value, log_decay, beta = (part[:, 0] for part in signals)
     state = jnp.exp(log_decay)[..., None, None] * state
@@ -151,56 +162,52 @@ def delta_chunks(
 ) -> tuple[Float[Array, "B T H X"], Float[Array, "B H C X"]]:
     """The recurrence over T columns, `size` at a time.
 
-    With d_i the log-decay added up over a chunk to column i, the corrections u of a chunk solve
+    Let d_i be the sum of the log-decays of a chunk up to column i. The corrections u of the chunk
+    solve a unit triangular system,
 
-        (I + L) u = beta (v - e^d (S^T k)),     L_ij = beta_i e^(d_i - d_j) k_i . k_j for j < i,
+        (I + L) u = β (v - e^d (Sᵀ k)),     L_ij = β_i e^(d_i - d_j) k_i · k_j for j < i.
 
-    a unit triangular system; then o and the next S are matrix products with u.
+    Then o and the next S are matrix products with u.
 
     Args:
-        signals: any T; columns beyond it are added with beta = g = 0, which change nothing.
+        signals: any T; the last chunk is filled up with β = g = 0, which changes nothing.
         state: S before the first column.
-        size: columns a chunk.
+        size: columns per chunk.
 
     Returns:
         o and S after the last column.
     """
     columns = signals.query.shape[1]
     size = min(size, columns)
-    padding = -columns % size
-
-    def cut(x: Array) -> Array:
-        """[B, T, H, ...] to [chunks, B, H, size, ...]."""
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-        return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 3, 2)
 
     def chunk(state: Array, piece: Signals) -> tuple[Array, Array]:
         query, key, value, log_decay, beta = piece
         total = jnp.cumsum(log_decay, axis=-1)
-        # e^(d_i - d_j) for j <= i only: above the diagonal it may overflow.
+        # e^(d_i - d_j) is used for j <= i only: above the diagonal it may overflow.
         lower = jnp.tril(jnp.ones((size, size), bool))[None, None]
-        apart = jnp.where(lower, total[..., :, None] - total[..., None, :], 0.0)
-        between = jnp.where(lower, jnp.exp(apart), 0.0)
+        difference = jnp.where(lower, total[..., :, None] - total[..., None, :], 0.0)
+        decay = jnp.where(lower, jnp.exp(difference), 0.0)
         weighted = beta[..., None] * key
-        system = jnp.einsum("bhic,bhjc->bhij", weighted, key) * between
-        grown = jnp.exp(total)[..., None]
-        target = beta[..., None] * value - jnp.einsum("bhic,bhcx->bhix", weighted * grown, state)
+        system = jnp.einsum("bhic,bhjc->bhij", weighted, key) * decay
+        decay_from_start = jnp.exp(total)[..., None]
+        predicted = jnp.einsum("bhic,bhcx->bhix", weighted * decay_from_start, state)
+        target = beta[..., None] * value - predicted
         corrections = jax.lax.linalg.triangular_solve(
             system, target, left_side=True, lower=True, unit_diagonal=True
         )
-        within = jnp.einsum("bhic,bhjc->bhij", query, key) * between
-        out = jnp.einsum("bhic,bhcx->bhix", query * grown, state)
-        out += jnp.einsum("bhij,bhjx->bhix", within, corrections)
-        left = jnp.exp(total[..., -1:] - total)[..., None]
+        scores = jnp.einsum("bhic,bhjc->bhij", query, key) * decay
+        out = jnp.einsum("bhic,bhcx->bhix", query * decay_from_start, state)
+        out += jnp.einsum("bhij,bhjx->bhix", scores, corrections)
+        decay_to_end = jnp.exp(total[..., -1:] - total)[..., None]
         state = jnp.exp(total[..., -1])[..., None, None] * state
-        state += jnp.einsum("bhjc,bhjx->bhcx", key * left, corrections)
+        state += jnp.einsum("bhjc,bhjx->bhcx", key * decay_to_end, corrections)
         return state, out
 
-    state, out = jax.lax.scan(chunk, state, Signals(*map(cut, signals)))
-    out = jnp.moveaxis(jnp.moveaxis(out, 2, 3), 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :columns], state
+    # [B, T, H, ...] to [chunks, B, H, size, ...] and back.
+    pieces = Signals(*(jnp.moveaxis(split(x, 1, size), 3, 2) for x in signals))
+    state, out = jax.lax.scan(chunk, state, pieces)
+    return join(jnp.moveaxis(out, 2, 3), 1, columns), state
 
 
 def _normalise(x: Float[Array, "B T H C"]) -> Float[Array, "B T H C"]:
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _NORM_EPSILON)

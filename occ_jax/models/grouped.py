@@ -1,11 +1,11 @@
-"""The grouped product: rows that are sorted by group, each times the matrix of its own group.
+"""The grouped product: rows that are sorted by group, each multiplied by its group's matrix.
 
-`jax.lax.ragged_dot` and its transpose towards the rows do the work of the rows once, on TPUs. Its
-transpose towards the matrices does it once *a matrix*: XLA, for TPUs as for CPUs, copies all rows
-for every group and masks them. With 16 experts of GLM-4.5-Air's on a device that was 16 times the
-operations and arrays of 8 GiB, so that transpose is written out here. Pallas has the same as a
-kernel (megablox' tgmm), which does not say what mesh axes its result varies over and so cannot be
-differentiated inside `jax.shard_map` with its checks on.
+`jax.lax.ragged_dot` and its transpose towards the rows do the work of every row once, on TPUs. Its
+transpose towards the matrices does the work of every row once per *matrix*: on TPUs and on CPUs,
+XLA copies all rows for every group and masks them. With 16 of GLM-4.5-Air's experts on a device
+that took 16 times the operations, and arrays of 8 GiB. Therefore that transpose is written out
+here. Pallas has it as a kernel (tgmm of megablox), but the kernel does not say over which mesh axes
+its result varies, so it cannot be differentiated in `jax.shard_map` while the checks are on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Rows that are multiplied at once. A tile that several groups share is multiplied for each, at most
-# groups x this many rows beyond the work there is; smaller ones read and write the sums more often.
+# Rows that are multiplied at once. A tile that several groups share is multiplied once for each of
+# them: at most (groups - 1) x this many rows more than there are. A smaller tile reads and writes
+# the sums more often.
 _TILE = 1024
 
 
@@ -27,9 +28,9 @@ def grouped_product(
 
     Args:
         x: rows, group by group.
-        weights: a matrix a group, of the same type.
-        sizes: int32, rows of every group; nothing is said of what comes out of rows beyond them,
-            and their x has no part in the gradient of `weights`.
+        weights: one matrix per group, of the same dtype.
+        sizes: int32, number of rows of every group. The output of rows beyond the last group is
+            undefined, and their x does not contribute to the gradient of `weights`.
     """
     return jax.lax.ragged_dot(x, weights, sizes)
 
@@ -53,39 +54,40 @@ def _outer_products(
     sizes: Int[Array, " E"],
     like: Float[Array, "E D F"],
 ) -> Float[Array, "E D F"]:
-    """For every group the sum of x[i] y[i]^T over its rows, added up in float32.
+    """For every group, the sum of x[i] y[i]^T over its rows, in float32, in the dtype of `like`.
 
-    One pass over the tiles that hold rows of a group, in which a tile is visited once for each such
-    group: tiles + E - 1 visits at most, as every group after the first shares at most one tile with
-    those before it.
+    This is a loop over visits. One visit multiplies the rows that one tile has of one group. There
+    are at most tiles + E - 1 visits, because every group after the first shares at most one tile
+    with the groups before it.
     """
     rows, groups = x.shape[0], sizes.shape[0]
     tile = min(_TILE, rows)
-    most = -(-rows // tile) + groups - 1
+    max_visits = -(-rows // tile) + groups - 1
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
-    first = starts // tile
-    visits = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, 0)
-    last = jnp.cumsum(visits)
-    group = jnp.repeat(jnp.arange(groups), visits, total_repeat_length=most)
-    number = first[group] + jnp.arange(most) - (last - visits)[group]
+    first_tile = starts // tile
+    visits = jnp.where(sizes > 0, (ends - 1) // tile - first_tile + 1, 0)
+    last_visit = jnp.cumsum(visits)
+    num_visits = last_visit[-1]
+    # Group and tile of every visit.
+    group_of = jnp.repeat(jnp.arange(groups), visits, total_repeat_length=max_visits)
+    tile_of = first_tile[group_of] + jnp.arange(max_visits) - (last_visit - visits)[group_of]
 
     def visit(state: tuple[Array, Array]) -> tuple[Array, Array]:
         step, sums = state
-        mine, place = group[step], number[step] * tile
-        # The last tile may reach beyond the rows: it begins earlier and leaves out what is not its.
-        begin = jnp.minimum(place, rows - tile)
+        group, tile_start = group_of[step], tile_of[step] * tile
+        # The last tile may end after the rows: it then starts earlier and masks the rows before it.
+        begin = jnp.minimum(tile_start, rows - tile)
         row = begin + jnp.arange(tile)
-        own = (row >= jnp.maximum(starts[mine], place)) & (row < ends[mine])
+        in_group = (row >= jnp.maximum(starts[group], tile_start)) & (row < ends[group])
         part_x, part_y = (jax.lax.dynamic_slice_in_dim(part, begin, tile) for part in (x, y))
-        # Both: rows of no group may hold anything, and 0 times that is not always 0.
-        part_x, part_y = (jnp.where(own[:, None], part, 0) for part in (part_x, part_y))
+        # Both are masked: rows of no group may hold NaN, and 0 x NaN is not 0.
+        part_x, part_y = (jnp.where(in_group[:, None], part, 0) for part in (part_x, part_y))
         product = jnp.einsum("md,mf->df", part_x, part_y, preferred_element_type=jnp.float32)
-        return step + 1, sums.at[mine].add(product)
+        return step + 1, sums.at[group].add(product)
 
-    def more(state: tuple[Array, Array]) -> Array:
-        # The bound says nothing new; it is what the planner reads (`occ_jax.planning.flops`).
-        return (state[0] < last[-1]) & (state[0] < most)
+    def has_visits(state: tuple[Array, Array]) -> Array:
+        return state[0] < num_visits
 
-    start = (jnp.zeros_like(last[-1]), jnp.zeros_like(like, jnp.float32))
-    return jax.lax.while_loop(more, visit, start)[1].astype(like.dtype)
+    start = (jnp.zeros_like(num_visits), jnp.zeros_like(like, jnp.float32))
+    return jax.lax.while_loop(has_visits, visit, start)[1].astype(like.dtype)

@@ -1,8 +1,8 @@
-"""Softmax attention of whole sequences, by the kernel of the platform or in pieces without one.
+"""Softmax attention over whole sequences: a platform's kernel, or plain operations in pieces.
 
-All of it is causal, over rows whose real tokens are neighbours. No path but `plain` makes an array
-of columns by columns. What comes out of columns that hold no token differs between the paths and
-means nothing: no real column reads it.
+All of it is causal, over rows whose real tokens are contiguous. Only `plain` makes an array of
+columns by columns. The outputs of columns without a token are undefined and differ between the
+kernels; no real column reads them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import AttentionKernel
-from occ_jax.parallel.sharding import Names, current_mesh, spec_of
+from occ_jax.models.pieces import map_in_pieces
+from occ_jax.parallel.sharding import DimNames, current_mesh, spec_of
 
-_BLOCK = 512  # columns of queries and of keys that a TPU works on at once
+_BLOCK = 512  # columns of queries and of keys that a TPU processes at once
 _LANES = 128
 
 
-def choose(kernel: AttentionKernel, dtype: jnp.dtype, width: int) -> AttentionKernel:
-    """What `auto` stands for where this is traced; every other kernel stands for itself.
+def choose_kernel(kernel: AttentionKernel, dtype: jnp.dtype, width: int) -> AttentionKernel:
+    """Resolves `auto` for the platform of the trace; returns any other kernel as it is.
 
     Args:
-        kernel: the config's.
-        dtype: of queries, keys and values.
-        width: of a head.
+        kernel: from the config.
+        dtype: dtype of queries, keys and values.
+        width: size of a head.
     """
     if kernel != "auto":
         return kernel
@@ -41,12 +42,12 @@ def choose(kernel: AttentionKernel, dtype: jnp.dtype, width: int) -> AttentionKe
 
 
 def _platform() -> str:
-    """Of the mesh that `on_mesh` put here, which need not be this process's; else of JAX's."""
+    """The platform of the mesh that `on_mesh` has set, which may be another than this process's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def in_pieces(
+def attend_in_pieces(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T N C"],
     value: Float[Array, "B T N C"],
@@ -54,25 +55,18 @@ def in_pieces(
     scale: float,
     size: int,
 ) -> Float[Array, "B T H C"]:
-    """The plain operations on `size` query columns at a time, made again for the backward pass."""
-    columns = query.shape[1]
-    padding = -columns % size
-    padded = jnp.pad(query, [(0, 0), (0, padding), (0, 0), (0, 0)])
-    pieces = jnp.moveaxis(padded.reshape(query.shape[0], -1, size, *query.shape[2:]), 1, 0)
-    reads = jnp.arange(columns)[None, :]
+    """The plain operations on `size` query columns at a time, recomputed in the backward pass."""
+    columns = jnp.arange(query.shape[1])[None, :]
 
-    @jax.checkpoint
-    def one(piece: tuple[Array, Array]) -> Array:
-        queries, first = piece
-        causal = reads <= first + jnp.arange(size)[:, None]
+    def attend(query: Array, query_columns: Int[Array, "1 size"]) -> Array:
+        causal = columns <= query_columns[0][:, None]
         mask = (causal[None] & valid[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(queries, key, value, mask=mask, scale=scale)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
 
-    out = jax.lax.map(one, (pieces, size * jnp.arange(len(pieces))))
-    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :columns]
+    return map_in_pieces(attend, (query, columns), axis=1, size=size)
 
 
-def by_lengths(
+def attend_by_lengths(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T N C"],
     value: Float[Array, "B T N C"],
@@ -80,85 +74,82 @@ def by_lengths(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B T H C"]:
-    """For kernels that know padding on the right only: rows are turned until theirs is.
+    """For kernels that support padding on the right only: rotates every row until it is there.
 
     Args:
-        query: of all columns.
-        key: likewise.
-        value: likewise.
-        valid: columns of real tokens, neighbours.
-        scale: of the scores.
-        implementation: `jax.nn.dot_product_attention`'s.
+        query: all columns.
+        key: all columns.
+        value: all columns.
+        valid: columns with real tokens, contiguous.
+        scale: factor on the scores.
+        implementation: argument of `jax.nn.dot_product_attention`.
     """
     columns = query.shape[1]
     first = jnp.argmax(valid, axis=1)[:, None]
     lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
 
-    def turned(x: Array, by: Array) -> Array:
-        places = (jnp.arange(columns)[None, :] + by) % columns
-        return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
+    def rotate(x: Array, by: Array) -> Array:
+        sources = (jnp.arange(columns)[None, :] + by) % columns
+        return jnp.take_along_axis(x, sources[:, :, None, None], axis=1)
 
     out = jax.nn.dot_product_attention(
-        turned(query, first),
-        turned(key, first),
-        turned(value, first),
+        rotate(query, first),
+        rotate(key, first),
+        rotate(value, first),
         scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         implementation=implementation,
     )
-    return turned(out, -first)
+    return rotate(out, -first)
 
 
-def splash(
+def attend_by_splash(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T N C"],
     value: Float[Array, "B T N C"],
     valid: Bool[Array, "B T"],
     scale: float,
-    names: Names,
+    names: DimNames,
 ) -> Float[Array, "B T H C"]:
-    """The TPU's kernel, on every device for the rows and heads that lie there.
+    """The TPU's kernel; every device computes its own rows and heads.
 
     Args:
-        query: of all columns.
-        key: likewise.
-        value: likewise.
-        valid: columns of real tokens; those without one attend among themselves.
-        scale: of the scores.
-        names: what the dimensions of the first three are called.
+        query: all columns.
+        key: all columns.
+        value: all columns.
+        valid: columns with real tokens; columns without one attend to each other.
+        scale: factor on the scores.
+        names: names of the dimensions of queries, keys and values.
     """
     columns, width = query.shape[1], query.shape[3]
     block = min(_BLOCK, math.ceil(columns / _LANES) * _LANES)
-    room = [(0, 0), (0, -columns % block), (0, 0), (0, -width % _LANES)]
+    padding = [(0, 0), (0, -columns % block), (0, 0), (0, -width % _LANES)]
 
-    # Scores are scaled in the type of the products, as the kernel wants.
+    # Queries are scaled in the dtype of the products, as the kernel expects.
     query = (query * scale).astype(query.dtype)
-    query, key, value = (jnp.pad(x, room) for x in (query, key, value))
-    segments = jnp.pad(valid, room[:2]).astype(jnp.int32)
+    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    segments = jnp.pad(valid, padding[:2]).astype(jnp.int32)
     interpret = _platform() != "tpu"
 
     def run(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        return _rows(query, key, value, segments, block=block, interpret=interpret)
+        return _splash_rows(query, key, value, segments, block=block, interpret=interpret)
 
     mesh = current_mesh()
     if mesh is not None:
         specs = [spec_of(mesh, names, x.shape) for x in (query, key, value)]
         rows = spec_of(mesh, names[:2], segments.shape)
-        # The kernel's results carry no record of the axes that they vary over.
-        spread = jax.shard_map(run, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
-        out = spread(query, key, value, segments)
-    else:
-        out = run(query, key, value, segments)
-    return out[:, :columns, :, :width]
+        # The kernel's results do not say over which mesh axes they vary.
+        run = jax.shard_map(run, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
+    return run(query, key, value, segments)[:, :columns, :, :width]
 
 
-def _rows(
+def _splash_rows(
     query: Array, key: Array, value: Array, segments: Array, *, block: int, interpret: bool
 ) -> Array:
-    """Padded rows of one device."""
-    # Pallas takes half a second to import, which no other platform should pay.
+    """The padded rows of one device."""
+    # Importing Pallas takes half a second, which no other platform should pay.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     columns, heads = query.shape[1:3]
@@ -181,7 +172,7 @@ def _rows(
     def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
         by_head = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
         out = kernel(*by_head, segment_ids=splash_attention.SegmentIds(segments, segments))
-        assert isinstance(out, jax.Array)  # a pair where residuals are asked for
+        assert isinstance(out, jax.Array)  # residuals, not asked for, would make it a pair
         return jnp.swapaxes(out, 0, 1)
 
     return jax.vmap(row)(query, key, value, segments)

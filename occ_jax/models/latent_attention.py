@@ -1,11 +1,11 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-Keys and values are linear in one compressed vector a column, which is all the cache holds besides
-the rotated part of the key that the heads share. Without a cache they are expanded and attended to
-as usual. With one the expansion is folded into the query and the output instead, so that decoding a
-token does not expand the whole context:
+Keys and values are linear functions of one compressed vector per column, the latent. The cache
+holds the latents, and the rotated part of the key that all heads share. Without a cache, keys and
+values are expanded for every head and attention is as usual. With a cache, the expansion is folded
+into the query and the output, so that decoding a token does not expand the whole context:
 
-    q . (W_k l) = (W_k^T q) . l,      sum_s p_s (W_v l_s) = W_v (sum_s p_s l_s)
+    q · (W_k l) = (W_kᵀ q) · l,      Σ_s p_s (W_v l_s) = W_v (Σ_s p_s l_s)
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
 from occ_jax.parallel.sharding import constrain
 
-WHOLE = ("rows", None, None)  # latents on the mesh: all heads read them
+LATENT = ("rows", None, None)  # dimensions of the cache: not split by head, as all heads read it
 
-# Of the norms of compressed vectors, which in released models is not that of the other norms.
-_EPSILON = 1e-6
+# Epsilon of the norms of compressed vectors; in released models it differs from the other norms'.
+_LATENT_NORM_EPSILON = 1e-6
 
 
 class LatentCache(NamedTuple):
-    """What one layer keeps of a column."""
+    """The columns that one layer remembers."""
 
     latents: Float[Array, "B S X"]  # compressed keys and values, after their norm
     keys: Float[Array, "B S Y"]  # the shared part of the key, after RoPE
 
 
 class LatentAttention(nnx.Module):
-    """H heads, each with its own keys and values out of the shared latent."""
+    """H heads; each expands the shared latent to its own keys and values."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         latent = config.latent_attention
@@ -46,10 +46,10 @@ class LatentAttention(nnx.Module):
         query = heads * (latent.nope_head_dim + latent.rope_head_dim)
         if latent.query_rank:
             self.query_down = linear(config, size, latent.query_rank, rngs)
-            self.query_norm = norm(config, latent.query_rank, rngs, epsilon=_EPSILON)
+            self.query_norm = norm(config, latent.query_rank, rngs, epsilon=_LATENT_NORM_EPSILON)
         self.query = linear(config, latent.query_rank or size, query, rngs)
         self.latent_down = linear(config, size, latent.kv_rank, rngs)
-        self.latent_norm = norm(config, latent.kv_rank, rngs, epsilon=_EPSILON)
+        self.latent_norm = norm(config, latent.kv_rank, rngs, epsilon=_LATENT_NORM_EPSILON)
         self.shared_key = linear(config, size, latent.rope_head_dim, rngs)
         self.key = linear(config, latent.kv_rank, heads * latent.nope_head_dim, rngs)
         self.value = linear(config, latent.kv_rank, heads * latent.value_head_dim, rngs)
@@ -58,28 +58,28 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], columns: Columns, cache: LatentCache | None
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
-        """As `Attention`; the cache holds latents."""
+        """As `Attention`, with a cache of latents."""
         config, latent = self.config, self.latent
-        how = rotary(config, latent.rope_head_dim)
+        rope = rotary(config, latent.rope_head_dim)
         query = self.query(self.query_norm(self.query_down(x)) if latent.query_rank else x)
         query = constrain(query.reshape(*x.shape[:2], config.num_heads, -1), *BY_HEAD)
-        plain, turned = jnp.split(query, [latent.nope_head_dim], axis=-1)
-        turned = rotate(turned, columns.positions, how, interleaved=True)
+        plain, rotated = jnp.split(query, [latent.nope_head_dim], axis=-1)
+        rotated = rotate(rotated, columns.positions, rope, interleaved=True)
         shared = self.shared_key(x)[:, :, None]
-        shared = rotate(shared, columns.positions, how, interleaved=True)[:, :, 0]
+        shared = rotate(shared, columns.positions, rope, interleaved=True)[:, :, 0]
         new = LatentCache(self.latent_norm(self.latent_down(x)), shared)
         if cache is None:
-            mixed = self._expanded(plain, turned, new, columns)
+            mixed = self._expanded(plain, rotated, new, columns)
         else:
             pairs = zip(cache, new, strict=True)
-            new = LatentCache(*(write_columns(*pair, columns.index, WHOLE) for pair in pairs))
-            mixed = self._absorbed(plain, turned, new, columns)
+            new = LatentCache(*(write_columns(*pair, columns.index, LATENT) for pair in pairs))
+            mixed = self._absorbed(plain, rotated, new, columns)
         return self.output(mixed.reshape(*x.shape[:2], -1)), new
 
     def _expanded(
-        self, plain: Array, turned: Array, cache: LatentCache, columns: Columns
+        self, plain: Array, rotated: Array, cache: LatentCache, columns: Columns
     ) -> Float[Array, "B T H X"]:
-        """Every head's keys and values written out: fewest operations where all columns query."""
+        """Expands keys and values for every head: fewest operations if every column is a query."""
         shape = (*cache.latents.shape[:2], self.config.num_heads, -1)
         key = constrain(self.key(cache.latents).reshape(shape), *BY_HEAD)
         value = constrain(self.value(cache.latents).reshape(shape), *BY_HEAD)
@@ -88,7 +88,7 @@ class LatentAttention(nnx.Module):
         )
         return attend(
             self.config,
-            jnp.concatenate([plain, turned], axis=-1),
+            jnp.concatenate([plain, rotated], axis=-1),
             jnp.concatenate([key, shared], axis=-1),
             value,
             columns,
@@ -96,9 +96,9 @@ class LatentAttention(nnx.Module):
         )
 
     def _absorbed(
-        self, plain: Array, turned: Array, cache: LatentCache, columns: Columns
+        self, plain: Array, rotated: Array, cache: LatentCache, columns: Columns
     ) -> Float[Array, "B T H X"]:
-        """All heads attend to the one latent; fewest bytes where few columns query."""
+        """All heads attend to the same latents: fewest bytes read if few columns are queries."""
         by_head = (self.latent.kv_rank, self.config.num_heads, -1)
         dtype = plain.dtype
         key_up = self.key.kernel[...].astype(dtype).reshape(by_head)
@@ -106,7 +106,7 @@ class LatentAttention(nnx.Module):
         folded = jnp.einsum("bthc,xhc->bthx", plain, key_up)
         mixed = attend(
             self.config,
-            jnp.concatenate([folded, turned], axis=-1),
+            jnp.concatenate([folded, rotated], axis=-1),
             jnp.concatenate([cache.latents, cache.keys], axis=-1)[:, :, None].astype(dtype),
             cache.latents[:, :, None].astype(dtype),
             columns,

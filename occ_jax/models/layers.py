@@ -1,4 +1,4 @@
-"""The layers everything else is made of: linear maps, norms and the dense feed-forward part."""
+"""Parts that all layers share: linear maps, norms and the dense feed-forward part."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from jaxtyping import Array, Float
 
 from occ_jax.config import ModelConfig
 
+_TILE = 128  # columns of a TPU's tile
+
 
 def whole_tiles(x: Array) -> Array:
-    """[B, T, ...] with columns added on the right, zeros, until T is a multiple of 128.
+    """Pads [B, T, ...] with zero columns on the right until T is a multiple of 128.
 
-    A TPU keeps the last two dimensions of an array in tiles. Rows and columns become the one
-    dimension of a matrix product, [B T, D], without moving anything only where T fills its tiles:
-    a sequence of 10,240 tokens whose last one predicts nothing, 10,239 columns, is laid out anew
-    around every product of every layer. Sequences so short that it would cost more than an eighth
-    of the work stay as they are.
+    A TPU stores the last two dimensions of an array in tiles. A matrix product merges rows and
+    columns to one dimension, [B T, D]. Only if T fills its tiles does that move no data: for
+    sequences of 10,240 tokens, whose last token predicts nothing, the 10,239 columns are copied to
+    another layout around every product of every layer. A sequence is left as it is if padding would
+    add more than an eighth to the work.
     """
     columns = x.shape[1]
-    room = -columns % 128
-    if 8 * room > columns:
+    padding = -columns % _TILE
+    if 8 * padding > columns:
         return x
-    return jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` on rows and columns flattened to one dimension.
+    """`nnx.Linear` with rows and columns flattened to one dimension.
 
-    With [B, T, D] inputs the weight gradient contracts two dimensions at once, which XLA's CPU
-    backend does by transposing both operands: twice the time of the flat product on a small model.
-    On accelerators the two forms compile to the same product where T fills its tiles
+    With inputs [B, T, D], the weight gradient contracts two dimensions at once. XLA's CPU backend
+    transposes both operands for that, which takes twice the time of the flat product on a small
+    model. On accelerators both forms compile to the same product if T fills its tiles
     (`whole_tiles`).
     """
 
@@ -44,7 +46,7 @@ class Linear(nnx.Linear):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """`nnx.RMSNorm` worked out in float32, the scale's product included, and rounded once."""
+    """`nnx.RMSNorm` computed in float32, including the product with the scale, and rounded once."""
 
     def __init__(self, result_dtype: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, dtype=jnp.float32, **options)
@@ -89,14 +91,17 @@ def norm(
     zero_centered: bool | None = None,
     epsilon: float | None = None,
 ) -> RMSNorm:
-    """RMSNorm with a learned scale (arXiv 1910.07467).
+    """RMSNorm with a learned scale.
 
     Args:
         config: epsilon, dtypes and the kind of scale.
-        size: dimensions normalised over, the last.
-        rngs: draws nothing; Flax wants one.
-        zero_centered: multiply by 1 + scale; None for what the config says.
-        epsilon: added to the mean square; None for what the config says.
+        size: size of the last dimension, which is normalised.
+        rngs: not used, but Flax requires it.
+        zero_centered: whether to multiply by 1 + scale; None for the config's value.
+        epsilon: added to the mean square; None for the config's value.
+
+    Source:
+        Zhang and Sennrich, arXiv 1910.07467.
     """
     if zero_centered is None:
         zero_centered = config.zero_centered_norm

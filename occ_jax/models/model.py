@@ -1,8 +1,8 @@
-"""The model as the rest of the package sees it: pure functions of a plain parameter tree.
+"""The interface of the model: pure functions of a plain parameter tree.
 
-Flax NNX defines the modules and is split once, here, into static graph definitions and a nested
-dictionary of arrays, {"trunk": theta, "mtp": {0: phi_1, ...}}. Outside `models/` only `jax.jit`,
-`jax.grad` and `jax.vjp` on that dictionary are used.
+Flax NNX defines the layers. Here they are split, once, into static graph definitions and a nested
+dictionary of arrays, {"trunk": θ, "mtp": {0: φ_1, ...}}. Code outside `models/` calls only
+`jax.jit`, `jax.grad` and `jax.vjp` on functions of that dictionary.
 """
 
 from __future__ import annotations
@@ -20,40 +20,48 @@ from occ_jax.config import ModelConfig
 from occ_jax.models.attention import Columns
 from occ_jax.models.decoder import (
     Cache,
-    TrunkOutput,
-    ends,
+    embedding_and_head,
     graph,
     init_module,
     init_trunk,
     output_head,
     read_head,
-    run_trunk,
+    run_segment,
 )
 from occ_jax.models.layers import whole_tiles
 from occ_jax.models.mtp import MTPModule
-from occ_jax.models.transformer import BlockOutput, LayerCache
-from occ_jax.parallel.sharding import gathered
+from occ_jax.models.transformer import BlockOutput, LayerCache, segments
+from occ_jax.parallel.sharding import gather_weights
 from occ_jax.types import Params
 
 
+class TrunkOutput(NamedTuple):
+    """Result of `Model.trunk`."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm: input of the output head
+    mtp_input: Float[Array, "B T D"]  # input of the first MTP module
+    cache: list[tuple[LayerCache, ...]]
+    experts: list[Int[Array, "repeats B T k"]]  # for each MoE layer, the experts of every token
+
+
 class ModelOutput(NamedTuple):
-    """What `Model.apply` returns."""
+    """Result of `Model.apply`."""
 
     logits: Float[Array, "B T V"]  # float32; column i predicts the token in column i+1
-    hidden: Float[Array, "B T D"]  # what enters the first MTP module
+    hidden: Float[Array, "B T D"]  # input of the first MTP module
     mtp_logits: list[Array]  # float32 [B, T-k, V] for k = 1...: slot i predicts column i+k+1
 
 
 @dataclass(frozen=True)
 class Model:
-    """A hashable handle: the architecture without its parameters."""
+    """The architecture without its parameters; hashable, so it may be a static argument."""
 
     config: ModelConfig
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Random parameters, {"trunk": theta, "mtp": {0: phi_1, ...}}.
+        """Random parameters, {"trunk": θ, "mtp": {0: φ_1, ...}}.
 
-        The modules draw from keys of their own, so the trunk is the same whatever K is.
+        The modules have their own keys, so the trunk is the same for every K.
         """
         trunk_key, mtp_key = jax.random.split(key)
         return {
@@ -73,28 +81,40 @@ class Model:
         cache: Cache | None = None,
         index: Int[Array, ""] | int = 0,
     ) -> TrunkOutput:
-        """Trunk over T columns.
+        """Runs the trunk over T columns: embedding, layers, final norm.
 
-        Without a cache the columns attend among themselves (S = T). With one they are written at
-        columns `index` ... `index`+T-1 and attend to every column of the cache up to their own.
+        Without a cache, the columns attend to each other (S = T). With a cache, they are written to
+        its columns `index` ... `index`+T-1 and attend to every column up to their own.
 
         Args:
             theta: the parameters under "trunk".
             tokens: int32 token ids.
             positions: int32 position of each column in its own row, 0 for the first real token.
             valid: which of the S key columns hold a real token.
-            cache: of an earlier call, room made by `occ_jax.models.cache.extend`.
-            index: the first column written.
+            cache: from an earlier call, with room made by `occ_jax.models.cache.extend`.
+            index: the first column that is written.
         """
-        return run_trunk(self.config, theta, tokens, Columns(positions, valid, index), cache)
+        config, columns = self.config, Columns(positions, valid, index)
+        outer = embedding_and_head(config, theta)
+        x = outer.embeddings(tokens)
+        new_cache: list[tuple[LayerCache, ...]] = []
+        experts: list[Array] = []
+        for number, segment in enumerate(segments(config)):
+            layers, before = theta["layers"][number], None if cache is None else cache[number]
+            x, after, chosen = run_segment(config, segment, layers, x, columns, before)
+            new_cache.append(after)
+            experts += chosen
+        hidden = outer.final_norm(x)
+        mtp_input = x if config.mtp_trunk_hidden == "pre_norm" else hidden
+        return TrunkOutput(hidden, mtp_input, new_cache, experts)
 
     def logits(self, theta: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The output head on states after a final norm, float32."""
+        """Applies the output head to states after a final norm; float32."""
         return read_head(self.config, output_head(self.config, theta)[None], hidden)
 
     def embed(self, theta: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The token embedding, as the trunk and the MTP modules read it."""
-        return ends(self.config, theta).embeddings(tokens)
+        """The token embedding that the trunk and the MTP modules read."""
+        return embedding_and_head(self.config, theta).embeddings(tokens)
 
     def mtp_module(
         self,
@@ -106,19 +126,19 @@ class Model:
         cache: LayerCache | None = None,
         index: Int[Array, ""] | int = 0,
     ) -> BlockOutput:
-        """One MTP module over T slots (module docstring of `occ_jax.models.mtp`).
+        """Runs one MTP module over T slots; `occ_jax.models.mtp` defines a slot.
 
         Args:
             phi: the parameters of one module.
-            hidden: trunk state, or the previous module's output, of each slot.
-            embeddings: of the token k columns ahead of each slot.
+            hidden: for each slot, the trunk's state or the previous module's output.
+            embeddings: for each slot, the embedding of the token k columns ahead.
             positions: int32 position of each slot.
-            valid: which of the S key slots hold real tokens on both sides.
-            cache: of an earlier call, room made by `occ_jax.models.cache.extend`.
-            index: the first slot written.
+            valid: which of the S key slots have a real state and a real token.
+            cache: from an earlier call, with room made by `occ_jax.models.cache.extend`.
+            index: the first slot that is written.
         """
-        phi = gathered(phi, self.config.dtype)
-        module = nnx.merge(graph(MTPModule, self.config), phi)
+        weights = gather_weights(phi, self.config.dtype)
+        module = nnx.merge(graph(MTPModule, self.config), weights)
         return module(hidden, embeddings, Columns(positions, valid, index), cache)
 
     def mtp_states(
@@ -130,19 +150,22 @@ class Model:
         valid: Bool[Array, "B T+1"],
         depth: int,
     ) -> list[Array]:
-        """Outputs at depths 1 ... depth over a whole sequence, [B, T+1-k, D] at depth k.
+        """Outputs of the modules at depths 1 ... depth over a whole sequence.
 
-        The last slot of depth k reads the last token. Gradients flow between depths; where they
-        stop otherwise is decided by what the caller passes as `params` and `mtp_input`.
+        The last slot of depth k reads the last token. Gradients flow between depths. The caller
+        stops other gradients in what it passes as `params` and `mtp_input`.
 
         Args:
-            params: trunk (its embedding is read) and modules.
-            mtp_input: the trunk's states, all columns but the last.
+            params: trunk (only its embedding is read) and modules.
+            mtp_input: the trunk's states, without the last column.
             tokens: all columns.
-            positions: of all columns but the last.
-            valid: of all columns.
-            depth: how far ahead; beyond K the modules take turns again from the first, as
-                drafters with fewer modules than drafts do.
+            positions: without the last column.
+            valid: all columns.
+            depth: number of outputs. After depth K the modules repeat from the first one, as in
+                speculative decoding with more drafts than modules.
+
+        Returns:
+            [B, T+1-k, D] at depth k.
         """
         embeddings = self.embed(params["trunk"], whole_tiles(tokens))
         states: list[Array] = []
@@ -153,12 +176,12 @@ class Model:
                 hidden[:, :slots],
                 embeddings[:, k : k + slots],
                 positions[:, :slots],
-                # A slot is real when both the state and the token it reads are.
+                # A slot is real if the state and the token that it reads are both real.
                 valid[:, :slots] & valid[:, k : k + slots],
             )
             phi = params["mtp"][(k - 1) % self.config.num_mtp_modules]
-            states_in, ahead, places, real = map(whole_tiles, arrays)
-            hidden = self.mtp_module(phi, states_in, ahead, places, real).x[:, :slots]
+            states_in, ahead, at, real = map(whole_tiles, arrays)
+            hidden = self.mtp_module(phi, states_in, ahead, at, real).x[:, :slots]
             states.append(hidden)
         return states
 
@@ -169,14 +192,14 @@ class Model:
         lengths: Int[Array, " B"] | Sequence[int] | None = None,
         mtp_depth: int | None = None,
     ) -> ModelOutput:
-        """All logits of right-padded sequences, for inspection and tests.
+        """Computes all logits of right-padded sequences, for inspection and tests.
 
         Args:
             params: from `init` or a checkpoint.
             tokens: int32, padded on the right.
-            lengths: real tokens of each row; None for no padding. Outputs beyond them are
-                meaningless.
-            mtp_depth: how far ahead to predict; None for K. Beyond K the modules take turns.
+            lengths: number of real tokens of each row; None for no padding. The outputs of padding
+                are undefined.
+            mtp_depth: number of MTP outputs; None for K. After K the modules repeat.
 
         Raises:
             ValueError: `mtp_depth` is negative, or positive where there are no modules.
@@ -189,8 +212,8 @@ class Model:
         tokens = jnp.asarray(tokens, jnp.int32)
         rows, columns = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(columns), (rows, columns))
-        ends = jnp.full(rows, columns) if lengths is None else jnp.asarray(lengths)
-        valid = positions < ends[:, None]
+        real_tokens = jnp.full(rows, columns) if lengths is None else jnp.asarray(lengths)
+        valid = positions < real_tokens[:, None]
         trunk = self.trunk(params["trunk"], tokens, positions, valid)
         states = self.mtp_states(
             params, trunk.mtp_input[:, :-1], tokens, positions[:, :-1], valid, depth
@@ -203,5 +226,5 @@ class Model:
 
 
 def num_parameters(params: Params) -> int:
-    """Scalars in a parameter tree."""
+    """Number of scalars in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

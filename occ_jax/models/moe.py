@@ -1,15 +1,15 @@
-"""Mixture-of-experts feed-forward layer: every token to its k best experts, none dropped.
+"""Mixture-of-experts feed-forward layer: every token goes to its k best experts, none is dropped.
 
-Tokens are sorted by expert and multiplied with the experts' matrices in one grouped product
-(`occ_jax.models.grouped`), so the work is that of k experts a token, whatever the balance. The
-router works in float32: its scores decide by comparison, and a rounded one sends a token elsewhere.
+Tokens are sorted by expert and multiplied by the experts' matrices in one grouped product
+(`occ_jax.models.grouped`), so a token costs the work of k experts, however uneven the load is. The
+router computes in float32: its scores are compared, and a rounded score may select another expert.
 
-On a mesh every device sorts and multiplies its own tokens, and where experts are split, tokens
-travel and experts stay: the places of the expert axis gather their tokens, each multiplies those
-that chose its experts, and a reduce-scatter adds the results up where the tokens came from. That
-moves D numbers a token and place there and back; an all-to-all of single choices would move k, so
-up to an axis of k places (8 in the models that are released) it moves no less, and it would need
-buffers for the case that all tokens choose the same place.
+On a mesh every device sorts and multiplies its own tokens. If the experts are split over the expert
+axis, tokens are sent and experts are not: the devices of the expert axis gather their tokens, each
+multiplies the tokens that chose its experts, and a reduce-scatter returns the sums. This sends D
+numbers per token and device of the axis, in both directions. An all-to-all of single choices would
+send k x D numbers, which is no less for an expert axis of up to k devices (k is 8 in the released
+models), and it would need buffers for the case that all tokens choose the same device.
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ from jaxtyping import Array, Float, Int
 from occ_jax.config import ModelConfig, MoEConfig
 from occ_jax.models.grouped import grouped_product
 from occ_jax.models.layers import SwiGLU, linear
-from occ_jax.parallel.sharding import ROWS, current_mesh, layer_spec
+from occ_jax.models.pieces import map_in_pieces
+from occ_jax.parallel.sharding import ROW_AXES, current_mesh, layer_spec
 
-# Tokens that are dispatched at once. Their k copies are the layer's largest arrays, and with E
-# experts each sees k/E of them: at 8,192 tokens, k = 8 and E = 128 that is 512 a matrix, enough to
-# be bound by arithmetic, and 0.5 GB of bfloat16 at D = 4096.
+# Tokens that are dispatched at once. Their k copies are the layer's largest arrays: 0.5 GB of
+# bfloat16 for 8,192 tokens at k = 8 and D = 4096. With E = 128 experts, a matrix then gets 512
+# rows on average, enough to be bound by arithmetic.
 _TOKENS_AT_ONCE = 8192
+
+# Added to the sum of a token's weights before they are divided by it, as in the released models.
+_WEIGHT_SUM_EPSILON = 1e-20
 
 
 class Routing(NamedTuple):
-    """Which experts every token goes to, and what each of them counts."""
+    """The experts of every token, and the weight of each."""
 
     experts: Int[Array, "N k"]
     weights: Float[Array, "N k"]  # float32
 
 
 class Router(nnx.Module):
-    """Scores of every expert, in float32."""
+    """Scores all experts and chooses the k best, in float32."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, rngs: nnx.Rngs) -> None:
         self.moe = moe
@@ -53,7 +57,7 @@ class Router(nnx.Module):
         shape = (config.hidden_size, moe.num_experts)
         self.kernel = nnx.Param(draw(rngs.params(), shape, jnp.dtype(config.param_dtype)))
         if moe.router == "sigmoid":
-            # Decides which experts, not how much they count: no gradient reaches it.
+            # Added for the choice of experts, not to their weights: it gets no gradient.
             self.correction_bias = nnx.Param(jnp.zeros(moe.num_experts, jnp.float32))
 
     def __call__(self, x: Float[Array, "N D"]) -> Routing:
@@ -71,12 +75,13 @@ class Router(nnx.Module):
             _, experts = jax.lax.top_k(choice, moe.experts_per_token)
             weights = jnp.take_along_axis(scores, experts, axis=-1)
         if moe.normalize_weights:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights / (total + _WEIGHT_SUM_EPSILON)
         return Routing(experts, moe.weight_scale * weights)
 
 
 class Experts(nnx.Module):
-    """E SwiGLU networks side by side."""
+    """E SwiGLU networks with stacked parameters."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, rngs: nnx.Rngs) -> None:
         self.dtype = jnp.dtype(config.dtype)
@@ -89,14 +94,14 @@ class Experts(nnx.Module):
         self.down = nnx.Param(draw(rngs.params(), narrow, param_dtype))
 
     def __call__(self, x: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
-        """Rows sorted by expert, `sizes` of them each; nothing is said of rows beyond those."""
+        """Applies expert e to its `sizes[e]` rows; output rows without an expert are undefined."""
         gate, up, down = (part[...].astype(self.dtype) for part in (self.gate, self.up, self.down))
         hidden = jax.nn.silu(grouped_product(x, gate, sizes)) * grouped_product(x, up, sizes)
         return grouped_product(hidden, down, sizes)
 
 
 class MoE(nnx.Module):
-    """Routed experts plus, where there is one, the expert that every token passes."""
+    """Routed experts, plus the shared expert of all tokens if the config has one."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         moe = config.moe
@@ -112,12 +117,12 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], Int[Array, "B T k"]]:
-        """The layer's output and the experts every token went to."""
+        """Returns the layer's output and the experts of every token."""
         flat = x.reshape(-1, x.shape[-1])
         mesh = current_mesh()
         if mesh is None:
             routing = self.router(flat)
-            out = _in_pieces(functools.partial(dispatch, self.experts), flat, routing, 1)
+            out = _in_pieces(functools.partial(dispatch, self.experts), flat, routing)
             chosen = routing.experts
         else:
             out, chosen = _on_devices(mesh, self.router, self.experts, flat)
@@ -131,79 +136,80 @@ class MoE(nnx.Module):
 
 
 def dispatch(
-    experts: Experts, x: Float[Array, "N D"], routing: Routing, place: Int[Array, ""] | int = 0
+    experts: Experts, x: Float[Array, "N D"], routing: Routing, shard: Int[Array, ""] | int = 0
 ) -> Float[Array, "N D"]:
-    """The weighted sum of what each token's experts make of it, as far as they are here.
+    """Sums the weighted outputs of each token's experts, of those that `experts` holds.
 
     Args:
-        experts: E of them.
+        experts: one shard of all experts, E of them.
         x: tokens.
-        routing: of all experts there are.
-        place: which E of them `experts` are, counted in E.
+        routing: chosen from the experts of all shards.
+        shard: number of the shard: `experts` are the experts shard * E ... shard * E + E - 1.
     """
-    count, here = routing.experts.shape[1], experts.gate.shape[0]
-    chosen = routing.experts.reshape(-1) - place * here
-    chosen = jnp.where((chosen >= 0) & (chosen < here), chosen, here)  # all others sort behind
-    # A token chooses an expert once: no more than this many choices can be of these.
-    order = jnp.argsort(chosen, stable=True)[: len(x) * min(count, here)]
-    ours = (chosen < here)[:, None]
-    # Both permutations are told to be such, so that their transposes are no scatter-adds. What
-    # the product leaves in rows of no expert is undefined, also in its gradient: both `where`s.
-    rows = jnp.where(ours, jnp.repeat(x, count, axis=0), 0)
+    count, num_local = routing.experts.shape[1], experts.gate.shape[0]
+    chosen = routing.experts.reshape(-1) - shard * num_local
+    is_local = (chosen >= 0) & (chosen < num_local)
+    chosen = jnp.where(is_local, chosen, num_local)  # choices of other shards are sorted last
+    # A token chooses an expert at most once, which bounds the number of local choices.
+    order = jnp.argsort(chosen, stable=True)[: len(x) * min(count, num_local)]
+    is_local = is_local[:, None]
+    # `unique_indices` says that both are permutations, so their transposes are no scatter-adds. The
+    # rows of no local expert are undefined after the product, and in its gradient: both are masked.
+    rows = jnp.where(is_local, jnp.repeat(x, count, axis=0), 0)
     rows = rows.at[order].get(unique_indices=True)
-    sizes = jnp.bincount(chosen, length=here).astype(jnp.int32)
+    sizes = jnp.bincount(chosen, length=num_local).astype(jnp.int32)
     out = experts(rows, sizes)
     out = jnp.zeros((len(chosen), x.shape[1]), out.dtype).at[order].set(out, unique_indices=True)
-    out = jnp.where(ours, out, 0).reshape(-1, count, x.shape[1]).astype(jnp.float32)
+    out = jnp.where(is_local, out, 0).reshape(-1, count, x.shape[1]).astype(jnp.float32)
     return jnp.sum(out * routing.weights[..., None], axis=1).astype(x.dtype)
 
 
 def _on_devices(
     mesh: AbstractMesh, router: Router, experts: Experts, x: Float[Array, "N D"]
 ) -> tuple[Float[Array, "N D"], Int[Array, "N k"]]:
-    """Every device routes its own tokens; `dispatch` on the tokens and the experts of a place."""
+    """The layer on a mesh: every device routes its own tokens and applies its own experts."""
     weights = nnx.to_pure_dict(nnx.state(experts, nnx.Param))
     specs = {name: layer_spec(mesh, ("experts", name), w.shape) for name, w in weights.items()}
-    places = mesh.shape["expert"] if specs["gate"][0] == "expert" else 1
-    partial_sums = specs["gate"][2] == "tensor"  # a device has a part of every expert's width
-    elsewhere = {
-        name: tuple(axis for axis in ROWS if axis not in jax.tree.leaves(tuple(spec)))
+    expert_shards = mesh.shape["expert"] if specs["gate"][0] == "expert" else 1
+    is_partial = specs["gate"][2] == "tensor"  # a device holds a part of every expert's width
+    replicating_axes = {
+        name: tuple(axis for axis in ROW_AXES if axis not in jax.tree.leaves(tuple(spec)))
         for name, spec in specs.items()
     }
 
-    def gathered(name: str, weight: Array) -> Array:
-        """Of the experts that are here all of the residual side, in the type they are used in."""
+    def gather(name: str, weight: Array) -> Array:
+        """Gathers the residual side of the local experts, in the dtype of the products."""
         weight, side = weight.astype(experts.dtype), 2 if name == "down" else 1
-        # What differs between places is what their gradients are added up over, here and below: in
-        # the type of the products, where they are smallest.
-        weight = jax.lax.pcast(weight, elsewhere[name], to="varying")
-        over = specs[name][side]
-        return weight if over is None else jax.lax.all_gather(weight, over, axis=side, tiled=True)
+        # JAX sums the gradient over the mesh axes of a `pcast`, here and below. It is placed behind
+        # the rounding, so that the sum is of the products' dtype, the smallest.
+        weight = jax.lax.pcast(weight, replicating_axes[name], to="varying")
+        axes = specs[name][side]
+        return weight if axes is None else jax.lax.all_gather(weight, axes, axis=side, tiled=True)
 
     def one_device(
-        routes: Any, weights: dict[str, Array], x: Float[Array, "N D"]
+        router_weights: Any, weights: dict[str, Array], x: Float[Array, "N D"]
     ) -> tuple[Float[Array, "N D"], Int[Array, "N k"]]:
-        routing = nnx.merge(nnx.graphdef(router), routes)(x)
+        routing = nnx.merge(nnx.graphdef(router), router_weights)(x)
         chosen = routing.experts
-        if partial_sums:  # of a token's k copies k times as much would be added up
+        if is_partial:  # at x, as the gradients of its k copies would be k times as many to sum
             x, routing = jax.lax.pcast((x, routing), "tensor", to="varying")
-        whole = {name: gathered(name, weight) for name, weight in weights.items()}
-        here = nnx.merge(nnx.graphdef(experts), whole)
+        gathered = {name: gather(name, weight) for name, weight in weights.items()}
+        local = nnx.merge(nnx.graphdef(experts), gathered)
 
-        def piece(x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
-            if places == 1:
-                return dispatch(here, x, routing)
+        def apply_experts(x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
+            if expert_shards == 1:
+                return dispatch(local, x, routing)
             x, routing = jax.lax.all_gather((x, routing), "expert", tiled=True)
-            out = dispatch(here, x, routing, jax.lax.axis_index("expert"))
+            out = dispatch(local, x, routing, jax.lax.axis_index("expert"))
             return jax.lax.psum_scatter(out, "expert", tiled=True)
 
-        out = _in_pieces(piece, x, routing, places)
-        return jax.lax.psum(out, "tensor") if partial_sums else out, chosen
+        out = _in_pieces(apply_experts, x, routing, expert_shards)
+        return jax.lax.psum(out, "tensor") if is_partial else out, chosen
 
-    # Tokens are dealt out evenly; all of a row's lie on its device unless rows do not divide.
-    tokens, shards = x.shape[0], math.prod(mesh.shape[axis] for axis in ROWS)
+    # The flat tokens are split evenly. If the row shards divide the rows, no token moves.
+    tokens, shards = x.shape[0], math.prod(mesh.shape[axis] for axis in ROW_AXES)
     out, chosen = jax.shard_map(
-        one_device, in_specs=(P(), specs, P(ROWS)), out_specs=(P(ROWS), P(ROWS))
+        one_device, in_specs=(P(), specs, P(ROW_AXES)), out_specs=(P(ROW_AXES), P(ROW_AXES))
     )(
         nnx.to_pure_dict(nnx.state(router, nnx.Param)),
         weights,
@@ -216,30 +222,18 @@ def _in_pieces(
     function: Callable[[Array, Routing], Array],
     x: Float[Array, "N D"],
     routing: Routing,
-    places: int,
+    devices: int = 1,
 ) -> Float[Array, "N D"]:
-    """`function` of so many tokens at a time that `places` devices have `_TOKENS_AT_ONCE`.
-
-    A piece keeps its tokens for the backward pass and makes the rest again: with all pieces'
-    results kept, cutting would save nothing.
-    """
+    """`function(x, routing)` on pieces; those of `devices` devices hold `_TOKENS_AT_ONCE`."""
     tokens = x.shape[0]
-    pieces = -(-tokens * places // _TOKENS_AT_ONCE)
+    pieces = -(-tokens * devices // _TOKENS_AT_ONCE)
     if pieces <= 1:
         return function(x, routing)
-    padding = -tokens % pieces
-
-    def cut(part: Array) -> Array:
-        part = jnp.pad(part, [(0, padding), (0, 0)])
-        return part.reshape(pieces, -1, part.shape[1])
-
-    again = jax.checkpoint(lambda parts: function(*parts))
-    out = jax.lax.map(again, jax.tree.map(cut, (x, routing)))
-    return out.reshape(-1, x.shape[1])[:tokens]
+    return map_in_pieces(function, (x, routing), axis=0, size=-(-tokens // pieces))
 
 
 def _in_best_groups(scores: Float[Array, "N E"], moe: MoEConfig) -> Float[Array, "N E"]:
-    """Scores with those outside the best groups at -inf; a group counts by its two best experts."""
+    """Sets scores outside the best groups to -inf; a group is rated by its two best experts."""
     if moe.num_groups == 1:
         return scores
     grouped = scores.reshape(scores.shape[0], moe.num_groups, -1)

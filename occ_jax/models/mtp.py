@@ -1,10 +1,10 @@
 """One multi-token-prediction module: a projection, a decoder block and three norms.
 
-Its parameters are phi_k, nothing here is shared with the trunk: embeddings come in as an argument
-and the output head is applied outside, so that the caller alone decides where gradients stop.
+Its parameters φ_k share nothing with the trunk: embeddings are an argument, and the caller applies
+the output head. So the caller alone decides where gradients stop.
 
-Slot i of module k reads the trunk's hidden state at column i (for k > 1: module k-1's output at
-slot i) and the embedding of the token in column i+k, and predicts the token in column i+k+1.
+Slot i of module k reads the trunk's hidden state at column i (if k > 1: the output of module k-1 at
+slot i) and the embedding of the token in column i+k. It predicts the token in column i+k+1.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MTPModule(nnx.Module):
         columns: Columns,
         cache: LayerCache | None,
     ) -> BlockOutput:
-        """Output after the module's final norm: what the head and the next module read."""
+        """Output after the module's final norm; the output head and the next module read it."""
         pair = [self.embed_norm(embeddings), self.hidden_norm(hidden)]
         if self.config.mtp_concat == "hidden_embed":
             pair.reverse()

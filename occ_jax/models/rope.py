@@ -14,19 +14,19 @@ from occ_jax.config import ModelConfig
 
 
 class Rotary(NamedTuple):
-    """How one kind of head is turned."""
+    """The rotation of one kind of head."""
 
     frequencies: np.ndarray  # float32 [rotated dimensions / 2], radians a position
-    factor: float  # on sines and cosines
+    factor: float  # multiplies sines and cosines
 
 
 @functools.cache
 def rotary(config: ModelConfig, dimensions: int) -> Rotary:
-    """Frequencies of the `dimensions` first dimensions of a head.
+    """Frequencies for the first `dimensions` dimensions of a head.
 
-    f_i = theta^(-2i/dimensions); with YaRN those that turn less than `beta_slow` times over the
-    original context are divided by its factor, those that turn more than `beta_fast` times are
-    kept, and in between the two are mixed linearly.
+    f_i = θ^(-2i/dimensions). YaRN divides by its factor the frequencies that turn less than
+    `beta_slow` times over the original context, keeps those that turn more than `beta_fast` times,
+    and interpolates linearly between the two.
     """
     half, theta, yarn = dimensions // 2, config.rope_theta, config.yarn
     frequencies = theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -50,25 +50,25 @@ def rotary(config: ModelConfig, dimensions: int) -> Rotary:
 def rotate(
     x: Float[Array, "B T heads C"],
     positions: Int[Array, "B T"],
-    how: Rotary,
+    rope: Rotary,
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B T heads C"]:
-    """Turns the first dimensions of every head, as many as there are frequencies twice.
+    """Rotates the first dimensions of every head, two for each frequency.
 
     Args:
         x: queries or keys.
         positions: int32 position of each column.
-        how: from `rotary`.
-        interleaved: pairs are neighbours (0, 1), (2, 3)... (DeepSeek) instead of halves (i, i +
-            n/2). The result lies in halves either way: a permutation that queries and keys share.
+        rope: from `rotary`.
+        interleaved: whether pairs are neighbours (0, 1), (2, 3), ... (DeepSeek) instead of halves
+            (i, i + n/2). The result is always in halves: queries and keys are permuted alike.
     """
-    size = 2 * len(how.frequencies)
-    turned, rest = x[..., :size].astype(jnp.float32), x[..., size:]
+    size = 2 * len(rope.frequencies)
+    rotated, rest = x[..., :size].astype(jnp.float32), x[..., size:]
     first, second = (
-        (turned[..., 0::2], turned[..., 1::2]) if interleaved else jnp.split(turned, 2, axis=-1)
+        (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else jnp.split(rotated, 2, axis=-1)
     )
-    angles = positions[..., None, None].astype(jnp.float32) * how.frequencies[None, None, None, :]
-    sin, cos = jnp.sin(angles) * how.factor, jnp.cos(angles) * how.factor
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+    angles = positions[..., None, None].astype(jnp.float32) * rope.frequencies[None, None, None, :]
+    sin, cos = jnp.sin(angles) * rope.factor, jnp.cos(angles) * rope.factor
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)

@@ -1,8 +1,8 @@
-"""Decoder blocks, composed of parts, and how a trunk is made of them.
+"""Decoder blocks, and the segments of blocks that form a trunk.
 
-A layer is a mixer and a feed-forward part, both chosen by the config. The layers of a trunk form
-segments, runs of the same pattern of layers; one that is repeated keeps its parameters stacked and
-is run by a scan, so that a deep model compiles no longer than its pattern.
+A layer is a mixer and a feed-forward part; the config chooses both. The layers of a trunk form
+segments: a segment repeats one pattern of layers. The parameters of a segment with repeats are
+stacked and run by a scan, so a deep model compiles as fast as its pattern.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from occ_jax.parallel.sharding import constrain, current_mesh
 
 LayerCache = KVCache | LatentCache | DeltaState
 
-RESIDUAL = ("rows", None, None)  # the residual stream [B, T, D], on every device whole rows of it
+RESIDUAL = ("rows", None, None)  # dimensions of the residual stream [B, T, D]
 
 
 class LayerKind(NamedTuple):
-    """What a layer is made of."""
+    """The two parts of a layer."""
 
     mixer: Literal["attention", "latent_attention", "delta_net"]
     feed_forward: Literal["dense", "moe"]
@@ -38,17 +38,17 @@ class LayerKind(NamedTuple):
 class Segment(NamedTuple):
     """Consecutive layers: `pattern`, `repeats` times."""
 
-    first: int  # number of its first layer
+    first: int  # number of the first layer
     pattern: tuple[LayerKind, ...]
     repeats: int
 
 
 class BlockOutput(NamedTuple):
-    """What a block hands on."""
+    """Result of a block."""
 
     x: Float[Array, "B T D"]
     cache: LayerCache
-    experts: Int[Array, "B T k"] | None  # where a mixture of experts sent every token
+    experts: Int[Array, "B T k"] | None  # of every token; None for a dense block
 
 
 _MIXERS: dict[str, type[nnx.Module]] = {
@@ -98,42 +98,42 @@ def layer_kinds(config: ModelConfig) -> list[LayerKind]:
 
 
 def mtp_kind(config: ModelConfig) -> LayerKind:
-    """The kind of an MTP module's block: full attention, and experts where the trunk has them."""
+    """The kind of an MTP module's block: full attention, and experts if the trunk has experts."""
     attention = "attention" if config.latent_attention is None else "latent_attention"
     return LayerKind(attention, "dense" if config.moe is None else "moe")
 
 
 @functools.cache
 def segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """The layers of a trunk in order; one segment a layer unless `scan_layers`.
+    """The layers of a trunk in order; without `scan_layers`, every layer is a segment.
 
-    Dense layers before a mixture of experts, and what is left over at the end of a pattern that
-    does not divide the rest, are segments of their own.
+    Dense layers before the first MoE layer form a segment, and so do the layers at the end that do
+    not fill a whole pattern.
     """
     kinds = layer_kinds(config)
     if not config.scan_layers:
         return tuple(Segment(number, (kind,), 1) for number, kind in enumerate(kinds))
     period = config.delta_net.full_attention_interval if config.delta_net is not None else 1
-    found: list[Segment] = []
+    trunk: list[Segment] = []
     start = 0
     while start < len(kinds):
         pattern = tuple(kinds[start : start + period])
         repeats = 1
         while tuple(kinds[start + repeats * period :][:period]) == pattern:
             repeats += 1
-        found.append(Segment(start, pattern, repeats))
+        trunk.append(Segment(start, pattern, repeats))
         start += repeats * len(pattern)
-    return tuple(found)
+    return tuple(trunk)
 
 
 def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its intermediate results recomputed in the backward pass (`model.remat`)."""
+    """Wraps `function` to recompute intermediate results in the backward pass (`model.remat`)."""
     match config.remat:
         case "none" if current_mesh() is None:
             return function
         case "none":
-            # All is kept but the weights that were gathered: kept, they would fill every device.
-            return jax.checkpoint(function, policy=_kept)
+            # Everything is kept except gathered weights, which would fill every device.
+            return jax.checkpoint(function, policy=_is_kept)
         case "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             return jax.checkpoint(function, policy=policy)
@@ -141,8 +141,8 @@ def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callabl
             return jax.checkpoint(function)
 
 
-def _kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Whether a result is kept: all but those of `occ_jax.parallel.sharding.gathered`."""
+def _is_kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Whether a result is kept: all but those of `occ_jax.parallel.sharding.gather_weights`."""
     inner = parameters.get("call_jaxpr")
-    within = [] if inner is None else [found.primitive.name for found in inner.eqns]
+    within = [] if inner is None else [equation.primitive.name for equation in inner.eqns]
     return "sharding_constraint" not in (primitive.name, *within)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Key, UInt32
 
 from occ_jax.config import Config, differences, from_dict, to_dict
 from occ_jax.errors import UserError
-from occ_jax.parallel.sharding import replicated, rows
+from occ_jax.parallel.sharding import replicated, row_sharding
 
 _T = TypeVar("_T")
 
@@ -76,15 +76,17 @@ def put_process_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
     if jax.process_count() == 1 or not _process_rows_are_local(mesh, shape[0]):
         return put_all_rows(mesh, gather_rows(own))
     with jax.transfer_guard("allow"):
-        return jax.make_array_from_process_local_data(rows(mesh), own, shape)
+        return jax.make_array_from_process_local_data(row_sharding(mesh), own, shape)
 
 
 def put_all_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
     """The global array, rows over the mesh, that every process has the whole of."""
     if jax.process_count() == 1:
-        return jax.device_put(whole, rows(mesh))
+        return jax.device_put(whole, row_sharding(mesh))
     with jax.transfer_guard("allow"):
-        return jax.make_array_from_callback(whole.shape, rows(mesh), lambda index: whole[index])
+        return jax.make_array_from_callback(
+            whole.shape, row_sharding(mesh), lambda index: whole[index]
+        )
 
 
 def get_process_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
@@ -103,7 +105,7 @@ def get_all_rows(array: jax.Array) -> np.ndarray:
 def _process_rows_are_local(mesh: Mesh, count: int) -> bool:
     """Whether every process's devices hold rows of its block alone."""
     size = count // jax.process_count()
-    for device, (index, *_) in rows(mesh).devices_indices_map((count,)).items():
+    for device, (index, *_) in row_sharding(mesh).devices_indices_map((count,)).items():
         start, stop, _ = index.indices(count)
         if start < device.process_index * size or stop > (device.process_index + 1) * size:
             return False

@@ -1,14 +1,14 @@
-"""The device mesh and the one table that says how every array lies on it.
+"""The device mesh, and the one table that says how every array lies on it.
 
 Mesh axes: `data` replicates parameters, `fsdp` shards them, `tensor` splits heads and feed-forward
-width, `expert` splits the experts of a mixture and is one more axis of rows everywhere else. What
-the dimensions of an array are *called* decides which axes they lie over, for parameters, optimizer
-state, activations and caches alike; no function below the train step names an axis, but for the
+width, `expert` splits the experts of a mixture and holds rows everywhere else. The *names* of an
+array's dimensions decide which mesh axes split it. This holds for parameters, optimizer state,
+activations and caches alike. No function below the train step names a mesh axis, except the
 dispatch of tokens to experts (`occ_jax.models.moe`).
 
-Where arrays come from outside (`jax.jit`'s arguments and results) the mesh is an argument here.
-Inside a model it is the one that `on_mesh` put around the trace, so that a model is the same pure
-function of its parameters with a mesh and without.
+The arguments and results of `jax.jit` are placed here, by functions that take the mesh as an
+argument. Inside a model the mesh is the one that `on_mesh` has set for the trace, so a model is the
+same pure function of its parameters with a mesh and without one.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from jaxtyping import Array
 
 from occ_jax.config import MeshConfig
 from occ_jax.errors import UserError
-from occ_jax.types import Params, Rows, map_rows
+from occ_jax.types import Params, RowFields, map_rows, row_axes
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# Dimension -> mesh axes, of which it takes in this order what no dimension before it has taken and
-# what divides it.
-#   rows       A step's rows lie over every axis that does not split a row's own arithmetic: outside
-#              the experts the expert axis would else repeat all work.
-#   residual   Of a parameter: the side that reads or writes the residual stream. Over fsdp and
-#              expert, as both hold rows: with fsdp alone the 7.4e9 parameters of GLM-4.5-Air that
-#              are in no expert would be held as often as there are places on the expert axis, with
-#              gradients and moments 118 GB in float32. Experts have taken the expert axis already
-#              and lie over fsdp.
+# Name of a dimension -> mesh axes that may split it. In this order, a dimension takes every axis
+# that no earlier dimension has taken and that divides its size.
+#   rows       Rows of a batch are split by every axis that does not split the arithmetic of one
+#              row. Outside the experts, the expert axis would otherwise repeat all work.
+#   residual   The side of a parameter that reads or writes the residual stream. Split by fsdp and
+#              expert, as rows are: with fsdp alone, every device of the expert axis would hold a
+#              copy of the 7.4e9 parameters of GLM-4.5-Air that are in no expert, which is 118 GB
+#              with gradients and moments in float32. Experts have taken the expert axis already,
+#              so their residual side is split by fsdp alone.
 _LOGICAL: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp", "expert"),
     "experts": ("expert",),
@@ -49,18 +49,25 @@ _LOGICAL: dict[str, tuple[str, ...]] = {
     "width": ("tensor",),
     "vocabulary": ("tensor",),
 }
-ROWS = _LOGICAL["rows"]
+ROW_AXES = _LOGICAL["rows"]
 
-Names = tuple[str | None, ...]
-"""What the dimensions of an array are called; None for one that is never split."""
+DimNames = tuple[str | None, ...]
+"""Names of an array's last dimensions; None for a dimension that is never split."""
 
-_READS: Names = ("residual", "width")
-_WRITES: Names = ("width", "residual")
-_NARROW: Names = ("residual", None)  # to few or to compressed dimensions that all heads share
+_READS: DimNames = ("residual", "width")
+_WRITES: DimNames = ("width", "residual")
+_NARROW: DimNames = ("residual", None)  # to few or to compressed dimensions that all heads share
+_WHOLE: DimNames = ()  # one copy on every device
 
-# Last names of a parameter's path -> what its last dimensions are called; a kernel is [in, out].
-# Dimensions in front, the repeats of a scanned segment, are not split.
-_PARAMETERS: dict[tuple[str, ...], Names] = {
+_NORMS = (
+    *("mixer_norm", "feed_forward_norm", "final_norm", "embed_norm", "hidden_norm"),
+    *("query_norm", "key_norm", "latent_norm", "norm"),
+)
+
+# The last two names of a parameter's path -> names of its last dimensions; a kernel is [in, out].
+# Leading dimensions (the repeats of a scanned segment) are not split. A parameter that is missing
+# here is an error: replicated by default, it would cost memory and nobody would notice.
+_PARAMETERS: dict[tuple[str, str], DimNames] = {
     ("embed", "embedding"): ("vocabulary", "residual"),
     ("head", "kernel"): ("residual", "vocabulary"),
     ("query", "kernel"): ("residual", "heads"),
@@ -71,6 +78,7 @@ _PARAMETERS: dict[tuple[str, ...], Names] = {
     ("value", "bias"): ("heads",),
     ("output", "kernel"): ("heads", "residual"),
     ("gate", "kernel"): _READS,
+    ("gate", "bias"): _WHOLE,
     ("up", "kernel"): _READS,
     ("down", "kernel"): _WRITES,
     ("query_down", "kernel"): _NARROW,
@@ -79,28 +87,39 @@ _PARAMETERS: dict[tuple[str, ...], Names] = {
     ("qkv", "kernel"): _NARROW,
     ("beta", "kernel"): _NARROW,
     ("decay", "kernel"): _NARROW,
+    ("mixer", "convolution"): _WHOLE,
+    ("mixer", "log_rate"): _WHOLE,
+    ("mixer", "decay_bias"): _WHOLE,
+    ("router", "kernel"): _WHOLE,
+    ("router", "correction_bias"): _WHOLE,
     ("experts", "gate"): ("experts", *_READS),
     ("experts", "up"): ("experts", *_READS),
     ("experts", "down"): ("experts", *_WRITES),
+    ("shared_gate", "kernel"): _WHOLE,
     ("projection", "kernel"): _WRITES,
+    **{(norm, "scale"): _WHOLE for norm in _NORMS},
 }
 
-# Whether what is being traced was given weights as products read them, by `gathering_once`.
-_gathered_before: ContextVar[bool] = ContextVar("_gathered_before", default=False)
+# Fields of `TrainState` and of the optimizers' states that belong to no single parameter: one copy
+# on every device. Adam's moments end in the path of their parameter, so they follow it.
+_STATE_FIELDS = {"step", "key", "count", "coefficient", "correlation", "penalty"}
+
+# True while a function is traced whose weights `with_gathered_weights` has gathered already.
+_weights_are_gathered: ContextVar[bool] = ContextVar("_weights_are_gathered", default=False)
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of as many of the first devices as it has places, with automatic axes.
+    """Makes a mesh with automatic axes from the first devices, as many as it needs.
 
     Args:
-        config: places along every axis.
-        devices: this process's unless given.
+        config: size of every axis.
+        devices: devices to choose from; None for all that this process sees.
 
     Raises:
-        UserError: fewer devices than the mesh has places.
+        UserError: there are fewer devices than the mesh needs.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
     needed = math.prod(shape)
@@ -110,13 +129,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"the mesh ({sizes}) needs {needed} devices; this process sees {len(devices)}"
         )
-    # An axis may lie on a part of one of the torus's: with four of them, few meshes fit otherwise.
-    placed = create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    # A mesh axis may use a part of one axis of a TPU's torus; otherwise few meshes fit.
+    ordered = create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """`function`, to be jitted, whose `constrain`s and experts mean `mesh`."""
+    """Returns `function`, to be jitted, with `mesh` as the current mesh while it is traced."""
 
     @functools.wraps(function)
     def traced(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
@@ -126,41 +145,41 @@ def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Ar
     return traced
 
 
-def gathering_once(
+def with_gathered_weights(
     mesh: Mesh, dtype: Any, function: Callable[Concatenate[Params, _Arguments], _Result]
 ) -> Callable[Concatenate[Params, _Arguments], _Result]:
-    """`on_mesh` for a function that reads all parameters many times, as sampling does.
+    """`on_mesh` for a function that reads all parameters many times, such as sampling.
 
-    Its weights are gathered before it begins, whole but for what `tensor` and `expert` split, and
-    rounded to the type of the products, which is all that products ever see of them.
+    The weights are gathered once, before the function starts: only `tensor` and `expert` still
+    split them. They are rounded to the dtype of the matrix products, which read nothing else.
 
     Args:
-        mesh: where the parameters lie.
-        dtype: of the products.
-        function: of parameters and more.
+        mesh: the mesh of the parameters.
+        dtype: dtype of the matrix products.
+        function: takes the parameters first.
     """
 
     def run(params: Params, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        ready = _gather_all(params, dtype, experts=True)
-        before = _gathered_before.set(True)
+        gathered = _gather_all(params, dtype, experts=True)
+        token = _weights_are_gathered.set(True)
         try:
-            return function(ready, *arguments, **options)
+            return function(gathered, *arguments, **options)
         finally:
-            _gathered_before.reset(before)
+            _weights_are_gathered.reset(token)
 
     return on_mesh(mesh, run)
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh that `on_mesh` put here; None without one, or where it is a single device."""
+    """The mesh that `on_mesh` has set; None if there is none or if it is a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """`x` lying on the current mesh as the names of its last dimensions say.
+    """Constrains `x`, and its cotangent, to the sharding of its dimension names.
 
-    Dimensions in front are not split. The same holds of the cotangent. Without a mesh it is `x`.
+    Leading dimensions without a name are not split. Without a mesh this returns `x` as it is.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -168,109 +187,115 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec_of(mesh, names, x.shape))
 
 
-def for_every_place(x: Array, count: int, *names: str | None) -> Array:
-    """A copy of `x` for each of the P places that `count` rows lie over, [P, ...].
+def copy_per_row_shard(x: Array, count: int, *names: str | None) -> Array:
+    """Copies `x` once for each of the P shards of `count` rows: [P, ...].
 
-    For what rows read in a loop: what a place's rows give to the gradient adds up in its own copy,
-    and the places' once, after the loop. Of one `x` for all they would be added up in every turn.
+    For an array that rows read in a loop. The gradient of each shard adds up in its own copy, and
+    the shards are summed once, after the loop. With a single `x`, every turn would sum them.
 
     Args:
-        x: lies whole on every place of rows.
-        count: of the rows.
-        names: what the dimensions of `x` are called.
+        x: whole on every device that holds rows.
+        count: number of rows.
+        names: names of the dimensions of `x`.
     """
-    mesh, places = current_mesh(), 1
+    mesh, shards = current_mesh(), 1
     if mesh is not None:
-        lying = NamedSharding(mesh, spec_of(mesh, ("rows",), (count,)))
-        places = count // lying.shard_shape((count,))[0]
-    return constrain(jnp.broadcast_to(x, (places, *x.shape)), "rows", *names)
+        sharding = NamedSharding(mesh, spec_of(mesh, ("rows",), (count,)))
+        shards = count // sharding.shard_shape((count,))[0]
+    return constrain(jnp.broadcast_to(x, (shards, *x.shape)), "rows", *names)
 
 
-def spec_of(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int]) -> P:
-    """Where an array lies whose last dimensions have these names.
+def spec_of(mesh: Mesh | AbstractMesh, names: DimNames, shape: Sequence[int]) -> P:
+    """The partition of an array whose last dimensions have these names.
 
-    An axis is used once, by the first dimension that asks for it. One that does not divide a
-    dimension leaves it whole: `Config` refuses the meshes for which that costs anything.
+    Each mesh axis splits one dimension at most: the first that may take it. An axis that does not
+    divide a dimension does not split it; `Config` refuses the meshes for which that costs anything.
     """
     taken: set[str] = set()
-    found: list[str | tuple[str, ...] | None] = [None] * (len(shape) - len(names))
+    partitions: list[str | tuple[str, ...] | None] = [None] * (len(shape) - len(names))
     for name, size in zip(names, shape[len(shape) - len(names) :], strict=True):
         chosen: list[str] = []
         for axis in _LOGICAL[name] if name is not None else ():
-            places = math.prod(mesh.shape[other] for other in (*chosen, axis))
-            if axis not in taken and size % places == 0:
+            shards = math.prod(mesh.shape[other] for other in (*chosen, axis))
+            if axis not in taken and size % shards == 0:
                 chosen.append(axis)
         taken.update(chosen)
-        found.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
-    return P(*found)
+        partitions.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    return P(*partitions)
 
 
 def parameter_spec(mesh: Mesh | AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
-    """Where the parameter at the end of a path lies; whole where the table does not name it.
+    """The partition of the leaf of a parameter tree, an optimizer state or a train state.
 
-    Optimizer moments end in the path of the parameter they belong to, so they follow it.
+    Raises:
+        ValueError: the table names neither a parameter nor a state field of this path and rank.
     """
-    names = _parameter_names(path, shape)
-    return P() if names is None else spec_of(mesh, names, shape)
+    names = _dim_names(path, shape)
+    return spec_of(mesh, names, shape) if names else P()
 
 
 def layer_spec(mesh: AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
-    """Where a parameter lies that a layer is given: as stored, unless it was gathered before."""
-    names = _parameter_names(path, shape)
-    if names is not None and _gathered_before.get():
-        names = _as_read(names)
-    return P() if names is None else spec_of(mesh, names, shape)
+    """The partition of a parameter as a layer gets it: as stored, unless it was gathered before."""
+    names = _dim_names(path, shape)
+    return spec_of(mesh, _as_read(names) if _weights_are_gathered.get() else names, shape)
 
 
-def _parameter_names(path: tuple[Any, ...], shape: Sequence[int]) -> Names | None:
-    last = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path[-2:])
-    names = _PARAMETERS.get(last)
-    return names if names is not None and len(names) <= len(shape) else None
+def _dim_names(path: tuple[Any, ...], shape: Sequence[int]) -> DimNames:
+    keys = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    if keys[-1] in _STATE_FIELDS:
+        return _WHOLE
+    names = _PARAMETERS.get((keys[-2], keys[-1])) if len(keys) > 1 else None
+    if names is None or len(names) > len(shape):
+        raise ValueError(
+            f"{'/'.join(keys)} of shape {tuple(shape)} is not in the sharding table: name its "
+            "dimensions in occ_jax/parallel/sharding.py (_PARAMETERS, or _STATE_FIELDS)"
+        )
+    return names
 
 
-def gathered(params: Params, dtype: Any) -> Params:
-    """A layer's parameters as its products read them: split by `tensor` alone.
+def gather_weights(params: Params, dtype: Any) -> Params:
+    """Gathers a layer's weights for its matrix products: only `tensor` still splits them.
 
-    Said here and not left to XLA's partitioner, which meets an axis twice in a product, in the rows
-    of one operand and in the summed dimension of the other, and has more than one way out, some of
-    which cost more than the weights' way over the links (docs/sharding.md).
-    Gradients are added up where the parameter is stored, in the type they are worked out in.
+    This is explicit because XLA's partitioner meets one mesh axis twice in a product, in the rows
+    of one operand and in the summed dimension of the other. It has several ways to resolve that,
+    and some cost more than sending the weights (docs/sharding.md). Gradients are summed where the
+    parameter is stored, in the dtype in which they are computed.
 
     Args:
-        params: of one layer, whole or without the repeats of its segment. Experts stay where they
-            are (`occ_jax.models.moe`).
-        dtype: of the products; weights are rounded to it before they travel.
+        params: parameters of one layer, with or without the repeats of its segment. Experts are
+            left as they are (`occ_jax.models.moe` gathers them).
+        dtype: dtype of the products; weights are rounded to it before they are sent.
     """
-    if current_mesh() is None or _gathered_before.get():
+    if current_mesh() is None or _weights_are_gathered.get():
         return params
     return _gather_all(params, dtype, experts=False)
 
 
 def _gather_all(params: Params, dtype: Any, *, experts: bool) -> Params:
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = _parameter_names(path, leaf.shape)
-        if names is None or "residual" not in names or ("experts" in names and not experts):
+        names = _dim_names(path, leaf.shape)
+        if "residual" not in names or ("experts" in names and not experts):
             return leaf
         return _gather(leaf.astype(dtype), names)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def _as_read(names: Names) -> Names:
-    """How a weight lies that products are about to read."""
+def _as_read(names: DimNames) -> DimNames:
+    """The dimension names of a weight that is ready for its products."""
     return tuple(None if name == "residual" else name for name in names)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(weight: Array, names: Names) -> Array:
+def _gather(weight: Array, names: DimNames) -> Array:
     return constrain(weight, *_as_read(names))
 
 
-def _gather_forward(weight: Array, names: Names) -> tuple[Array, None]:
+def _gather_forward(weight: Array, names: DimNames) -> tuple[Array, None]:
     return _gather(weight, names), None
 
 
-def _gather_backward(names: Names, _: None, cotangent: Array) -> tuple[Array]:
+def _gather_backward(names: DimNames, _: None, cotangent: Array) -> tuple[Array]:
     return (constrain(cotangent, *names),)
 
 
@@ -278,11 +303,14 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A sharding for every leaf of a train state, parameter tree or optimizer state.
+    """A sharding for every leaf of a train state, a parameter tree or an optimizer state.
 
     Args:
         mesh: from `make_mesh`.
         state: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: the table does not name a leaf.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, parameter_spec(mesh, path, leaf.shape)), state
@@ -290,7 +318,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s with the sharding that every leaf is to have."""
+    """The same `jax.ShapeDtypeStruct`s with the sharding of every leaf."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -298,30 +326,27 @@ def abstract(mesh: Mesh, shapes: Any) -> Any:
     )
 
 
-def rows(mesh: Mesh, dimension: int = 0) -> NamedSharding:
-    """Rows of a batch, in the given dimension, over all axes that hold rows."""
-    return NamedSharding(mesh, P(*[None] * dimension, ROWS))
+def row_sharding(mesh: Mesh, dimension: int = 0) -> NamedSharding:
+    """The sharding of an array whose rows are its given dimension."""
+    return NamedSharding(mesh, P(*[None] * dimension, ROW_AXES))
 
 
-def row_shardings(mesh: Mesh, fields: Any) -> Any:
-    """A sharding for every field of a `Rollout` or `Batch`, of the class or of what one holds."""
-    if isinstance(fields, type):
-        every_field: Any = fields
-        fields = every_field(*every_field._fields)
-    return map_rows(lambda _, dimension: rows(mesh, dimension), fields)
+def row_shardings(mesh: Mesh, kind: type[RowFields]) -> RowFields:
+    """A sharding for every field of `Rollout` or `Batch`, also for those that may be None."""
+    return kind._make(row_sharding(mesh, axis) for axis in row_axes(kind).values())
 
 
-def micro_batches(batch: Rows, count: int) -> Rows:
-    """Rows [B] of a batch or a rollout to [M, B/M], M in front."""
+def micro_batches(fields: RowFields, count: int) -> RowFields:
+    """Splits the rows [B] of a batch or a rollout into micro-batches: [M, B/M], M in front."""
 
-    def split(x: Array, rows: int) -> Array:
-        shape = (*x.shape[:rows], count, x.shape[rows] // count, *x.shape[rows + 1 :])
-        pieces = jnp.moveaxis(x.reshape(shape), rows, 0)
-        # Neighbouring rows lie on few of the devices: left there, a micro-batch would cost each
-        # device as much as the whole mini-batch does. Dealing tokens out again is cheap.
-        return constrain(pieces, "rows", *[None] * (x.ndim - rows - 1))
+    def split(x: Array, axis: int) -> Array:
+        shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+        pieces = jnp.moveaxis(x.reshape(shape), axis, 0)
+        # Neighbouring rows are on few devices. Without the constraint, a micro-batch would cost
+        # each device as much as the whole mini-batch; redistributing tokens is cheap.
+        return constrain(pieces, "rows", *[None] * (x.ndim - axis - 1))
 
-    return map_rows(split, batch)
+    return map_rows(split, fields)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,8 +1,8 @@
-"""Floating-point operations of a traced program, loops multiplied out.
+"""Floating-point operations of a traced program, with loops multiplied out.
 
-XLA's own count (`cost_analysis`) visits the body of a loop once, however often it runs, and knows
-nothing of kernels. Here the matrix products of the trace are counted, what a backward pass computes
-again included; everything element-wise, which matrix units do not do, is left out.
+XLA's own count (`cost_analysis`) counts the body of a loop once, however often it runs, and does
+not count kernels. This module counts the matrix products of the trace, including those that a
+backward pass recomputes. It leaves out element-wise operations, which do not run on matrix units.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from jax.extend import core
 
 
 def count_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
-    """Operations of all matrix products, two a multiplication with addition, over all devices.
+    """Operations of all matrix products on all devices; a multiply-add counts as two.
 
-    A scan counts by its length, a `while_loop` by the largest constant that its condition compares
-    with (a bound that sampling reaches when no row ends early), a `cond` by its dearest branch, a
-    kernel by its grid.
+    A scan counts as often as it is long, a `while_loop` as often as it may turn (`_max_turns`), a
+    kernel as often as its grid has steps, a `cond` as its most expensive branch.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     return sum(_equation(equation) for equation in inner.eqns)
@@ -39,13 +38,13 @@ def _equation(equation: core.JaxprEqn) -> int:
             return parameters["length"] * count_flops(parameters["jaxpr"])
         case "while":
             body, condition = parameters["body_jaxpr"], parameters["cond_jaxpr"]
-            return _bound(condition) * (count_flops(body) + count_flops(condition))
+            return _max_turns(equation) * (count_flops(body) + count_flops(condition))
         case "cond":
             return max(count_flops(branch) for branch in parameters["branches"])
         case "shard_map":
             manual = parameters["newly_manual_axes"]
-            places = math.prod(parameters["mesh"].shape[axis] for axis in manual)
-            return places * count_flops(parameters["jaxpr"])
+            devices = math.prod(parameters["mesh"].shape[axis] for axis in manual)
+            return devices * count_flops(parameters["jaxpr"])
         case "pallas_call":
             steps = math.prod(parameters["grid_mapping"].grid)
             return steps * count_flops(parameters["jaxpr"])
@@ -54,9 +53,9 @@ def _equation(equation: core.JaxprEqn) -> int:
 
 
 def _inside(parameters: dict[str, Any]) -> list[core.Jaxpr | core.ClosedJaxpr]:
-    """The programs that an equation calls: of jit, checkpoint, custom derivatives."""
+    """The programs that an equation calls: those of jit, checkpoint and custom derivatives."""
     kinds = (core.Jaxpr, core.ClosedJaxpr)
-    # A custom derivative holds its rules as functions; what runs here is the one traced program.
+    # A custom derivative keeps rules as functions; its only traced program is the one that runs.
     return [value for value in parameters.values() if isinstance(value, kinds)]
 
 
@@ -72,13 +71,13 @@ def _dot(equation: core.JaxprEqn) -> int:
 
 
 def _ragged_dot(equation: core.JaxprEqn) -> int:
-    """Every row meets the matrix of its own group only, forward and in both transposes."""
+    """Every row is multiplied by the matrix of its own group only, and so in both transposes."""
     left, right = (_array(x).shape for x in equation.invars[:2])
     dimensions = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = dimensions.dot_dimension_numbers
     if dimensions.rhs_group_dimensions:
         return 2 * _array(equation.outvars[0]).size * math.prod(left[axis] for axis in contracted)
-    # The groups share the contracted rows out: [rows, k] and [rows, n] make [groups, k, n].
+    # The contracted rows are split between the groups: [rows, k], [rows, n] to [groups, k, n].
     rows = math.prod(left[axis] for axis in contracted)
     return 2 * rows * math.prod(left) // rows * math.prod(right) // rows
 
@@ -89,12 +88,21 @@ def _convolution(equation: core.JaxprEqn) -> int:
     return 2 * out.size * math.prod(kernel) // output_features
 
 
-def _bound(condition: core.ClosedJaxpr) -> int:
-    """The largest whole number a condition holds, 1 if it holds none."""
+def _max_turns(equation: core.JaxprEqn) -> int:
+    """The largest number of turns of a `while_loop`.
+
+    This is the largest whole number in its condition, if there is one: sampling reaches that bound
+    if no row ends early. Otherwise the bound is computed, as in the gradient of a grouped product
+    (`occ_jax.models.grouped`). Such a loop walks along lists that it only reads: the bound is the
+    length of the longest, at least 1.
+    """
     constants = [
         int(value.val)
-        for equation in condition.jaxpr.eqns
-        for value in equation.invars
+        for inner in equation.params["cond_jaxpr"].jaxpr.eqns
+        for value in inner.invars
         if isinstance(value, core.Literal) and jnp.issubdtype(_array(value).dtype, jnp.integer)
     ]
-    return max([1, *constants])
+    first = equation.params["cond_nconsts"]
+    constants_of_body = equation.invars[first : first + equation.params["body_nconsts"]]
+    lists = [_array(value).size for value in constants_of_body if len(_array(value).shape) == 1]
+    return max(constants or lists, default=1)

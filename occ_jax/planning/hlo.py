@@ -1,7 +1,8 @@
-"""What a compiled program sends between devices, read from its text.
+"""Bytes that a compiled program sends between devices, read from its text.
 
-XLA reports no bytes for its collectives. Its text names them, in loops and in fusions, so they are
-found by walking it from the entry: the body of a loop counts as often as the loop runs.
+XLA does not report the bytes of its collectives, but the text of a program has all of them, also
+those in loops and fusions. This module walks the text from the entry computation and counts the
+body of a loop as often as the loop runs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ KINDS = (
     "collective-broadcast",
 )
 
-_NOT_MADE = ("parameter", "get-tuple-element", "bitcast", "constant")
-_BITS = {"pred": 8, "token": 0, "f8": 8}  # all others end in their bits
+_ALLOCATE_NOTHING = ("parameter", "get-tuple-element", "bitcast", "constant")
+_BITS = {"pred": 8, "token": 0, "f8": 8}  # all others end in their number of bits
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -37,31 +38,31 @@ class _Collective(NamedTuple):
 
 class _Call(NamedTuple):
     target: str
-    trips: int  # 1 but for the body of a loop
-    own_scope: bool  # a loop's body or a branch; a fusion is part of what surrounds it
+    trips: int  # 1 except for the body of a loop
+    own_scope: bool  # true for a loop's body or a branch; a fusion belongs to its caller
 
 
 class _Computation(NamedTuple):
     collectives: list[_Collective]
     calls: list[_Call]
-    constants: list[int]  # whole numbers it holds
+    constants: list[int]  # its whole numbers
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes by kind of collective that one device takes part in while the program runs once.
+    """Bytes of one device's collectives in one run of the program, by kind.
 
-    A collective counts with the larger of what a device puts in and what it gets out. Between its
-    start and its end the compiler may name an asynchronous one several times, all with the same
-    channel; it counts once.
+    A collective counts as its input or its output, whichever is larger. The text may contain an
+    asynchronous collective several times, from its start to its end, with the same channel; it
+    counts once.
 
     Args:
-        text: of a compiled and partitioned program (`jax.stages.Compiled.as_text`).
+        text: text of a compiled and partitioned program (`jax.stages.Compiled.as_text`).
     """
     computations, entry = _read(text)
     totals: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
-        for kind, size in _of_scope(computations, name).items():
+        for kind, size in _collectives_of_scope(computations, name).items():
             totals[kind] = totals.get(kind, 0) + times * size
         for call in _calls_of_scope(computations, name):
             visit(call.target, times * call.trips)
@@ -71,16 +72,16 @@ def collective_bytes(text: str) -> dict[str, int]:
 
 
 def largest_arrays(text: str, count: int) -> list[tuple[int, str]]:
-    """The largest arrays that the program makes in a device's main memory, largest first.
+    """The largest arrays that the program allocates in a device's main memory, largest first.
 
     Args:
-        text: as above.
-        count: how many at most.
+        text: as for `collective_bytes`.
+        count: largest number of arrays to return.
 
     Returns:
-        (bytes, type and where it comes from); of equal ones the first.
+        Pairs (bytes, type and origin); only the first of several with the same type and origin.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     fused = False
     for line in text.splitlines():
         header = _HEADER.match(line)
@@ -90,20 +91,20 @@ def largest_arrays(text: str, count: int) -> list[tuple[int, str]]:
         if not instruction or fused:
             continue
         result, operation, arguments = _split(line[instruction.end() :])
-        # A tuple's parts are made elsewhere; S(1) is memory on the chip.
-        if operation in _NOT_MADE or result.startswith("(") or "S(1)" in result:
+        # Other instructions allocate the parts of a tuple; S(1) is memory on the chip.
+        if operation in _ALLOCATE_NOTHING or result.startswith("(") or "S(1)" in result:
             continue
         origin = re.search(r'op_name="([^"]*)"', arguments)
-        where = origin.group(1) if origin else operation
+        source = origin.group(1) if origin else operation
         shape = _SHAPE.match(result)
         if shape:
-            found.setdefault(f"{shape.group(0)}  {where}", _bytes(result))
-    ranked = sorted(found.items(), key=lambda item: -item[1])[:count]
+            sizes.setdefault(f"{shape.group(0)}  {source}", _bytes(result))
+    ranked = sorted(sizes.items(), key=lambda item: -item[1])[:count]
     return [(size, name) for name, size in ranked]
 
 
-def _of_scope(computations: dict[str, _Computation], name: str) -> dict[str, int]:
-    """Collectives of a computation and of the fusions in it, each channel once."""
+def _collectives_of_scope(computations: dict[str, _Computation], name: str) -> dict[str, int]:
+    """Bytes of the collectives of a computation and its fusions, every channel once, by kind."""
     largest: dict[tuple[str, str], int] = {}
     for computation in _scope(computations, name):
         for kind, channel, size in computation.collectives:
@@ -130,7 +131,7 @@ def _scope(computations: dict[str, _Computation], name: str) -> list[_Computatio
 
 
 def _read(text: str) -> tuple[dict[str, _Computation], str]:
-    """All computations by name, and the name of the entry."""
+    """All computations by name, and the name of the entry computation."""
     computations: dict[str, _Computation] = {}
     conditions: list[tuple[str, int, str]] = []
     entry = name = ""
@@ -143,10 +144,10 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
                 entry = name if header.group(1) else entry
                 computations[name], shapes = _Computation([], [], []), {}
             continue
-        found = _INSTRUCTION.match(line)
-        if not found or not name:
+        match = _INSTRUCTION.match(line)
+        if not match or not name:
             continue
-        _instruction(line, found, name, computations, shapes, conditions)
+        _add_instruction(line, match, name, computations, shapes, conditions)
     for owner, position, condition in conditions:
         bound = max([1, *computations[condition].constants])
         calls = computations[owner].calls
@@ -154,9 +155,9 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
     return computations, entry
 
 
-def _instruction(
+def _add_instruction(
     line: str,
-    found: re.Match[str],
+    match: re.Match[str],
     owner: str,
     computations: dict[str, _Computation],
     shapes: dict[str, int],
@@ -164,10 +165,10 @@ def _instruction(
 ) -> None:
     """Adds one instruction to its computation."""
     computation = computations[owner]
-    rest = line[found.end() :]
+    rest = line[match.end() :]
     result, operation, arguments = _split(rest)
     size = _bytes(result)
-    shapes[found.group(1)] = size
+    shapes[match.group(1)] = size
     if operation == "constant" and re.fullmatch(r"[su]\d+\[\].*", result):
         value = re.match(r"\(?(-?\d+)", arguments)
         if value:
@@ -175,11 +176,11 @@ def _instruction(
     kind = operation.removesuffix("-start")
     if kind in KINDS:
         operands = sum(shapes.get(name, 0) for name in _names(arguments))
-        if operation.endswith("-start"):  # its result holds operands, results and scalar contexts
+        if operation.endswith("-start"):  # its result has operands, results and scalar contexts
             size = _bytes(re.sub(r"\w+\[\]", "", result)) - operands
         channel = _CHANNEL.search(line)
         computation.collectives.append(
-            _Collective(kind, channel.group(1) if channel else found.group(1), max(size, operands))
+            _Collective(kind, channel.group(1) if channel else match.group(1), max(size, operands))
         )
         return
     if operation == "while":
@@ -198,7 +199,7 @@ def _instruction(
 
 
 def _split(rest: str) -> tuple[str, str, str]:
-    """Result type, operation, and what follows its opening bracket."""
+    """Type of the result, operation, and the text after its opening bracket."""
     depth = 0
     for position, letter in enumerate(rest):
         if letter in "([{":
@@ -212,7 +213,7 @@ def _split(rest: str) -> tuple[str, str, str]:
 
 
 def _names(arguments: str) -> list[str]:
-    """Operands, up to the closing bracket of their list."""
+    """Names of the operands, up to the closing bracket of their list."""
     depth = 1
     for position, letter in enumerate(arguments):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -222,7 +223,7 @@ def _names(arguments: str) -> list[str]:
 
 
 def _bytes(types: str) -> int:
-    """Bytes of a type or of all types of a tuple, layouts and padding left out."""
+    """Bytes of a type, or of all types of a tuple, without layouts and padding."""
     total = 0
     for kind, dimensions in _SHAPE.findall(types):
         bits = _BITS.get(kind[:2] if kind.startswith("f8") else kind)

@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,15 @@ from occ_jax.data.pipeline import prompt_columns
 from occ_jax.errors import UserError
 from occ_jax.evaluation.evaluate import call_of
 from occ_jax.models.cache import cache_shardings, extend
-from occ_jax.models.scoring import column_positions
-from occ_jax.parallel.sharding import make_mesh, replicated, row_shardings, rows
+from occ_jax.models.responses import column_positions
+from occ_jax.parallel.sharding import make_mesh, replicated, row_sharding
 from occ_jax.planning.flops import count_flops
 from occ_jax.planning.hlo import collective_bytes, largest_arrays
 from occ_jax.planning.machines import GIB, Machine
 from occ_jax.programs import Programs, make_programs
 from occ_jax.rl.regime import active_estimator, needs_separate_gradients
 from occ_jax.rl.train_step import abstract_state
-from occ_jax.types import Batch, Params, Rollout, TrainState
+from occ_jax.types import Batch, Params, Rollout, RowFields, TrainState, map_rows
 
 _ENDS = ((0,), 0)  # of a response, and its filler: the tokenizer's; no program is larger for them
 
@@ -185,8 +185,8 @@ def _step(config: Config, mesh: Mesh) -> _Step:
     reference = state.params["trunk"] if config.algorithm.kl_coefficient > 0 else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = (
-        jax.ShapeDtypeStruct(columns, jnp.int32, sharding=rows(mesh)),
-        jax.ShapeDtypeStruct(columns, jnp.bool, sharding=rows(mesh)),
+        jax.ShapeDtypeStruct(columns, jnp.int32, sharding=row_sharding(mesh)),
+        jax.ShapeDtypeStruct(columns, jnp.bool, sharding=row_sharding(mesh)),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
     )
     groups = (options.num_prompts, options.group_size)
@@ -204,12 +204,13 @@ def _step(config: Config, mesh: Mesh) -> _Step:
     )
 
 
-_Fields = TypeVar("_Fields", Rollout, Batch)
-
-
-def _placed(mesh: Mesh, fields: _Fields) -> _Fields:
+def _placed(mesh: Mesh, fields: RowFields) -> RowFields:
     """The shapes of a rollout or a batch with the shardings that its arrays get."""
-    return _with(fields, row_shardings(mesh, fields))
+
+    def place(x: Any, axis: int) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh, axis))
+
+    return map_rows(place, fields)
 
 
 def _with(shapes: Any, shardings: Any) -> Any:

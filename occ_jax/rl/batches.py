@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from occ_jax.config import Config
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_states, score_tokens, trunk_states
+from occ_jax.models.responses import auxiliary_states, score_tokens, trunk_states
 from occ_jax.parallel.sharding import micro_batches
 from occ_jax.rl.advantages import group_advantages, rloo_advantages
 from occ_jax.rl.losses import rollout_correction

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from occ_jax.config import Config
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_masks, trunk_states
+from occ_jax.models.responses import auxiliary_masks, trunk_states
 from occ_jax.parallel.sharding import micro_batches
 from occ_jax.rl.objective import (
     Denominators,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import AlgorithmConfig, Config
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import (
+from occ_jax.models.responses import (
     TokenScores,
     auxiliary_masks,
     auxiliary_states,

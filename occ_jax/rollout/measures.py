@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_masks, auxiliary_states, score_tokens, trunk_states
+from occ_jax.models.responses import auxiliary_masks, auxiliary_states, score_tokens, trunk_states
 from occ_jax.parallel.sharding import micro_batches
 from occ_jax.types import Params, Rollout
 

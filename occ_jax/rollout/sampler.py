@@ -21,8 +21,9 @@ from occ_jax.models.cache import extend
 from occ_jax.models.decoder import Cache
 from occ_jax.models.distributions import token_log_probs
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import auxiliary_states, column_positions, score_tokens
-from occ_jax.parallel.sharding import constrain, gathering_once, on_mesh
+from occ_jax.models.pieces import join, split
+from occ_jax.models.responses import auxiliary_states, column_positions, score_tokens
+from occ_jax.parallel.sharding import constrain, on_mesh, with_gathered_weights
 from occ_jax.types import Params, Rollout, map_rows
 
 _Arguments = ParamSpec("_Arguments")
@@ -46,7 +47,7 @@ def on_sampling_mesh(
 ) -> Callable[Concatenate[Params, _Arguments], _Result]:
     """Prepares a sampling function for jit: `rollout.gather_weights` decides how weights lie."""
     if config.rollout.gather_weights:
-        return gathering_once(mesh, config.model.dtype, function)
+        return with_gathered_weights(mesh, config.model.dtype, function)
     return on_mesh(mesh, function)
 
 
@@ -67,20 +68,15 @@ def sample_in_chunks(
     if chunks == 1:
         return sample(model, params, prompts, prompt_valid, key, **options)
 
-    def cut(x: Array) -> Array:
-        return constrain(x.reshape(chunks, -1, x.shape[1]), None, "rows", None)
+    def chunked(x: Array) -> Array:
+        return constrain(split(x, 0, x.shape[0] // chunks), None, "rows", None)
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(chunks))
     parts = jax.lax.map(
         lambda part: sample(model, params, *part, **options),
-        (cut(prompts), cut(prompt_valid), keys),
+        (chunked(prompts), chunked(prompt_valid), keys),
     )
-
-    def join(x: Array, rows: int) -> Array:
-        x = jnp.moveaxis(x, 0, rows)
-        return x.reshape(*x.shape[:rows], -1, *x.shape[rows + 2 :])
-
-    return map_rows(join, parts)
+    return map_rows(lambda x, axis: join(x, axis, chunks * x.shape[axis + 1]), parts)
 
 
 def sample(

@@ -27,7 +27,7 @@ from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
-from occ_jax.models.scoring import (
+from occ_jax.models.responses import (
     auxiliary_masks,
     auxiliary_states,
     score_tokens,

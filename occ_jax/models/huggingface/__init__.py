@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: config.json, published tensor names, safetensors."""
+"""Loads and saves Hugging Face checkpoints: config.json, published tensor names, safetensors."""
 
 from occ_jax.models.huggingface.families import read_config
 from occ_jax.models.huggingface.load import load_pretrained

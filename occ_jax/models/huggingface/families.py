@@ -1,8 +1,8 @@
-"""config.json of every supported family, as a `ModelConfig`.
+"""Converts config.json of every supported family to a `ModelConfig`.
 
-A family is a function from its config's keys to the model's fields, and a `Names`. What a config
-asks for and the model does not do is refused here, never ignored. Keys and defaults are those of
-the published files and of the configuration classes in transformers 5.24.
+A family is a function from the keys of its config to the fields of the model, and a `TensorNames`.
+A setting that the model does not support is refused here, never ignored. Keys and defaults are
+those of the published files and of the configuration classes in transformers 5.24.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from occ_jax.config import (
     MoEConfig,
 )
 from occ_jax.errors import UserError
-from occ_jax.models.huggingface.files import CONFIG, Json, read_config_json, read_names
-from occ_jax.models.huggingface.names import Names
+from occ_jax.models.huggingface.names import TensorNames
+from occ_jax.models.huggingface.tensors import CONFIG, Json, read_config_json, read_names
 from occ_jax.models.huggingface.values import Values, basics
 
 FREE_FIELDS = (
@@ -119,13 +119,13 @@ def _mimo(values: Values) -> dict[str, Any]:
 
 
 def _qwen3(values: Values) -> dict[str, Any]:
-    # It would add one to the output projection too.
+    # It would also add a bias to the output projection.
     values.only("attention_bias", False, default=False)
     return _qwen2(values) | {"qkv_bias": False, "qk_norm": True}
 
 
 def _sigmoid_moe(values: Values) -> MoEConfig:
-    """The experts of DeepSeek-V3 and of GLM-4.5."""
+    """The mixture of experts of DeepSeek-V3 and GLM-4.5."""
     values.only("scoring_func", "sigmoid", default="sigmoid")
     values.only("topk_method", "noaux_tc", default="noaux_tc")
     values.only("moe_layer_freq", 1, default=1)
@@ -174,7 +174,7 @@ def _deepseek_v3(values: Values) -> dict[str, Any]:
 
 
 def _hybrid(values: Values) -> dict[str, Any]:
-    """What Qwen3-Next and Qwen3.5 have in common."""
+    """Fields that Qwen3-Next and Qwen3.5 share."""
     values.only("attention_bias", False, default=False)
     return basics(values, rope_fraction=0.25) | {
         "zero_centered_norm": True,
@@ -192,7 +192,7 @@ def _hybrid(values: Values) -> dict[str, Any]:
 
 
 def _interval(values: Values) -> int:
-    """Every how many layers one attends in full; a list of layers must be such a pattern."""
+    """The period of full-attention layers; a list of layers must have such a period."""
     layers = values.get("num_hidden_layers", int)
     listed = values.get("layer_types", list, [])
     full = "full_attention"
@@ -264,21 +264,21 @@ def _single_module(values: Values, names: Callable[[], Collection[str]]) -> int:
 def _qwen3_5_modules(values: Values, names: Callable[[], Collection[str]]) -> int:
     count = values.get("mtp_num_hidden_layers", int, 0)
     if count > 1:
-        # Several would share the projection and three norms; none is published.
+        # Several modules would share the projection and three norms; no such model is published.
         raise values.refuse("mtp_num_hidden_layers", count, "0 or 1")
     return count
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: config mapping, name mapping, and what is particular about its modules."""
+    """One architecture: mapping of its config, names of its tensors, kind of its modules."""
 
     fields: Callable[[Values], dict[str, Any]]
-    names: Names
+    names: TensorNames
     num_modules: Callable[[Values, Callable[[], Collection[str]]], int] = _no_modules
-    """From the config, and the names of all tensors where it does not say."""
+    """Counts modules by the config or, if it does not say, by the names of all tensors."""
     count_key: str = "the family has none"
-    """What says so, for messages."""
+    """The source of that number, for messages."""
     nested: bool = False
     """Whether the language model's config is under text_config."""
     mtp_concat: Literal["embed_hidden", "hidden_embed"] = "embed_hidden"
@@ -286,7 +286,7 @@ class Family:
 
 
 _NEXTN_KEY = "num_nextn_predict_layers"
-_MIMO_NAMES = Names(
+_MIMO_NAMES = TensorNames(
     module="model.mtp_layers.{k}.",
     module_block="model.mtp_layers.{k}.",
     embed_norm="token_layernorm",
@@ -294,7 +294,7 @@ _MIMO_NAMES = Names(
     projection="input_proj",
     final_norm="final_layernorm",
 )
-_GLM_NAMES = Names(
+_GLM_NAMES = TensorNames(
     module="model.layers.{layer}.",
     module_block="model.layers.{layer}.",
     embed_norm="enorm",
@@ -306,8 +306,8 @@ _GLM_NAMES = Names(
 )
 
 
-def _qwen_names(trunk: str, *, fused_delta_net: bool) -> Names:
-    return Names(
+def _qwen_names(trunk: str, *, fused_delta_net: bool) -> TensorNames:
+    return TensorNames(
         trunk=trunk,
         module="mtp.",
         module_block="mtp.layers.{k}.",
@@ -317,7 +317,7 @@ def _qwen_names(trunk: str, *, fused_delta_net: bool) -> Names:
         final_norm="norm",
         shared_expert="shared_expert",
         fused_delta_net=fused_delta_net,
-        others=(*Names().others, r"^model\.visual\."),
+        others=(*TensorNames().others, r"^model\.visual\."),
     )
 
 
@@ -328,8 +328,8 @@ def _qwen3_5_family(fields: Callable[[Values], dict[str, Any]], *, nested: bool)
 
 
 FAMILIES: dict[str, Family] = {
-    "Qwen2ForCausalLM": Family(_qwen2, Names()),
-    "Qwen3ForCausalLM": Family(_qwen3, Names()),
+    "Qwen2ForCausalLM": Family(_qwen2, TensorNames()),
+    "Qwen3ForCausalLM": Family(_qwen3, TensorNames()),
     "MiMoForCausalLM": Family(
         _mimo,
         _MIMO_NAMES,
@@ -357,16 +357,16 @@ def find_family(top: Values) -> Family:
     """The family of a config.json.
 
     Raises:
-        UserError: an architecture that is not supported.
+        UserError: the architecture is not supported.
     """
-    named = top.get("architectures", list)
-    if len(named) != 1 or named[0] not in FAMILIES:
-        raise top.refuse("architectures", named, f"one of {', '.join(FAMILIES)}")
-    return FAMILIES[named[0]]
+    architectures = top.get("architectures", list)
+    if len(architectures) != 1 or architectures[0] not in FAMILIES:
+        raise top.refuse("architectures", architectures, f"one of {', '.join(FAMILIES)}")
+    return FAMILIES[architectures[0]]
 
 
 def num_modules(directory: Path, config: Json, names: Collection[str]) -> int:
-    """MTP modules in a checkpoint."""
+    """Number of MTP modules in a checkpoint."""
     top = Values(directory / CONFIG, config)
     family = find_family(top)
     text = top.part("text_config") if family.nested else top

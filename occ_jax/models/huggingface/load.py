@@ -1,9 +1,9 @@
-"""From a Hugging Face directory into sharded parameters, one tensor at a time.
+"""Loads a Hugging Face directory into sharded parameters, one tensor at a time.
 
-A leaf of one published tensor is that tensor put on the devices; a leaf stacked of many is
-allocated there once, and every tensor is written into its place by a donated update. Tensors travel
-in the type they are stored in, and every process reads the rows and columns of its own devices
-only, so a host never holds more than one tensor besides what its devices do.
+A parameter of one published tensor is that tensor on the devices. A parameter stacked from several
+tensors is allocated once, and every tensor is written into it by a donated update. Tensors are sent
+in their stored dtype. Every process reads only the rows and columns of its own devices, so a host
+holds at most one tensor in addition to the parameters of its devices.
 """
 
 from __future__ import annotations
@@ -29,54 +29,52 @@ from occ_jax.models.huggingface.families import (
     num_modules,
     read_config,
 )
-from occ_jax.models.huggingface.files import CONFIG, Checkpoint, open_checkpoint
 from occ_jax.models.huggingface.names import (
     LeafPath,
     Piece,
     Stored,
     leaf_at,
     left_out,
-    plan,
+    published_tensors,
     stored_shape,
 )
+from occ_jax.models.huggingface.tensors import CONFIG, Checkpoint, open_checkpoint
 from occ_jax.models.huggingface.values import Values
 from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.types import Params
 
-_COMPARED_BYTES = 1 << 24  # at once, of a tensor and its copy
+_COMPARED_BYTES = 1 << 24  # of a tensor and its copy, at once
 
 
-class Layout(NamedTuple):
-    """What a checkpoint's tensors are to a model."""
+class CheckpointLayout(NamedTuple):
+    """The tensors of a checkpoint and the parameters of a model that they hold."""
 
     checkpoint: Checkpoint
     stored: list[Stored]
-    carried: list[str]
-    """Tensors the model does not hold."""
-    shapes: Params
-    """Of the parameters: `jax.ShapeDtypeStruct`s."""
+    carried: list[str]  # tensors that the model does not hold
+    shapes: Params  # `jax.ShapeDtypeStruct`s of the parameters
 
 
 def load_pretrained(
     directory: str | Path, *, config: ModelConfig | None = None, mesh: Mesh | None = None
 ) -> tuple[Model, Params]:
-    """A model and its parameters, MTP modules included, from a Hugging Face directory.
+    """Loads a model and its parameters, MTP modules included, from a Hugging Face directory.
 
     Args:
-        directory: holds config.json, model.safetensors or shards with an index; see
-            docs/checkpoints.md for the families.
-        config: from `read_config`, for types, stacking and the number of modules; None for its
+        directory: has config.json and model.safetensors, or shards with an index;
+            docs/checkpoints.md lists the families.
+        config: from `read_config`, for dtypes, stacking and the number of modules; None for its
             defaults.
-        mesh: where the parameters go; None for one device.
+        mesh: mesh of the parameters; None for one device.
 
     Returns:
         The model, whose config names the directory, and {"trunk": ..., "mtp": ...} in
-        `config.param_dtype`, sharded as `occ_jax.parallel.sharding` says.
+        `config.param_dtype`, sharded by `occ_jax.parallel.sharding`.
 
     Raises:
-        UserError: naming the file, and the tensor or key, that is missing, damaged, of the wrong
-            shape or not supported.
+        UserError: a file, tensor or key is missing, damaged, of the wrong shape or not supported;
+            the message names it.
     """
     path = Path(directory)
     config = read_config(path) if config is None else check_config(path, config)
@@ -85,8 +83,8 @@ def load_pretrained(
     return Model(config), _load(layout, mesh)
 
 
-def read_layout(config: ModelConfig) -> Layout:
-    """Reads the headers of `config.checkpoint` and checks every tensor's name, shape and scales.
+def read_layout(config: ModelConfig) -> CheckpointLayout:
+    """Reads the headers of `config.checkpoint`; checks the name, shape and scales of every tensor.
 
     Raises:
         UserError: as `load_pretrained`.
@@ -96,7 +94,7 @@ def read_layout(config: ModelConfig) -> Layout:
     names = find_family(Values(checkpoint.directory / CONFIG, checkpoint.config)).names
     count = num_modules(checkpoint.directory, checkpoint.config, tensors)
     shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
-    stored = list(plan(config, names, count, tensors))
+    stored = list(published_tensors(config, names, count, tensors))
     held: set[str] = set()
     for entry in stored:
         if entry.name not in tensors:
@@ -123,14 +121,14 @@ def read_layout(config: ModelConfig) -> Layout:
             raise UserError(
                 f"{checkpoint.where(name)} has no place in the model that {CONFIG} describes"
             )
-    return Layout(checkpoint, stored, carried, shapes)
+    return CheckpointLayout(checkpoint, stored, carried, shapes)
 
 
 def check_config(directory: Path, config: ModelConfig) -> ModelConfig:
-    """`config` with `directory` as its checkpoint.
+    """Returns `config` with `directory` as its checkpoint.
 
     Raises:
-        UserError: the directory is of another model, or has too few modules.
+        UserError: the directory holds another model, or too few modules.
     """
     own = read_config(
         directory,
@@ -139,13 +137,15 @@ def check_config(directory: Path, config: ModelConfig) -> ModelConfig:
         **{name: getattr(config, name) for name in FREE_FIELDS},
     )
     for field in dataclasses.fields(ModelConfig):
-        asked, found = getattr(config, field.name), getattr(own, field.name)
-        if field.name != "checkpoint" and asked != found:
-            raise UserError(f"model.{field.name} is {asked!r}; {directory / CONFIG} says {found!r}")
+        given, published = getattr(config, field.name), getattr(own, field.name)
+        if field.name != "checkpoint" and given != published:
+            raise UserError(
+                f"model.{field.name} is {given!r}; {directory / CONFIG} says {published!r}"
+            )
     return own
 
 
-def _load(layout: Layout, mesh: Mesh) -> Params:
+def _load(layout: CheckpointLayout, mesh: Mesh) -> Params:
     checkpoint, shapes = layout.checkpoint, layout.shapes
     shardings = state_shardings(mesh, shapes)
     leaves: dict[LeafPath, jax.Array] = {}
@@ -160,16 +160,16 @@ def _load(layout: Layout, mesh: Mesh) -> Params:
             if leaf is None and piece.index:
                 leaf = jnp.zeros(shape.shape, shape.dtype, device=sharding)
             raw, scales = _put(checkpoint, entry, piece, shape, sharding)
-            place = _placer(
+            write = _writer(
                 sharding,
                 shape.dtype,
-                transposed=entry.layout != "plain",
+                transposed=entry.layout.transposed,
                 block=checkpoint.block[1] if scales is not None else 0,
             )
-            # Waiting keeps one tensor in flight, and with it one tensor in the host's memory.
-            leaves[piece.path] = jax.block_until_ready(place(leaf, raw, scales, piece.index))
+            # Without waiting, several tensors would be in the host's memory at once.
+            leaves[piece.path] = jax.block_until_ready(write(leaf, raw, scales, piece.index))
     paths = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    keys = [tuple(step.key for step in path) for path, _ in paths]
+    keys = [tuple(key.key for key in path) for path, _ in paths]
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[key] for key in keys])
 
 
@@ -180,17 +180,13 @@ def _put(
     leaf: jax.ShapeDtypeStruct,
     sharding: NamedSharding,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """A piece as it is stored, on the devices that will need it, and its scales row by row."""
-    values = checkpoint.read(entry.name)
-    if entry.layout == "convolution":
+    """Puts a piece, in its published order, on the devices that need it; also one scale per row."""
+    values, layout = checkpoint.read(entry.name), entry.layout
+    if layout.extra_axis:
         values = values[:, 0]
-    spec = P(*(*sharding.spec, *[None] * leaf.ndim)[len(piece.index) : leaf.ndim])
-    shape = leaf.shape[len(piece.index) :]
-    if entry.layout == "plain":
-        axis = 0  # of the rows
-    else:
-        axis, spec = len(shape) - 2, P(*spec[:-2], spec[-1], spec[-2])
-        shape = (*shape[:-2], shape[-1], shape[-2])
+    spec = P(*layout.published((*sharding.spec, *[None] * leaf.ndim)[len(piece.index) : leaf.ndim]))
+    shape = layout.published(leaf.shape[len(piece.index) :])
+    axis = layout.rows_axis(len(shape))
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -202,12 +198,12 @@ def _put(
     if scales is None:
         return raw, None
     per_row = scales[np.arange(values.shape[0])[piece.rows] // checkpoint.block[0]]
-    where = NamedSharding(sharding.mesh, P(spec[0], None))
-    return raw, jax.make_array_from_callback(per_row.shape, where, lambda index: per_row[index])
+    by_row = NamedSharding(sharding.mesh, P(spec[0], None))
+    return raw, jax.make_array_from_callback(per_row.shape, by_row, lambda index: per_row[index])
 
 
 def _rows_of(piece: Piece, size: int, chosen: slice) -> slice | np.ndarray:
-    """Which rows of the stored tensor the `chosen` of a piece's `size` rows are."""
+    """Rows of the published tensor for the `chosen` ones of a piece's `size` rows."""
     if isinstance(piece.rows, np.ndarray):
         return piece.rows[chosen]
     first, (start, stop, _) = piece.rows.start or 0, chosen.indices(size)
@@ -215,12 +211,12 @@ def _rows_of(piece: Piece, size: int, chosen: slice) -> slice | np.ndarray:
 
 
 @functools.cache
-def _placer(
+def _writer(
     sharding: NamedSharding, dtype: Any, *, transposed: bool, block: int
 ) -> Callable[..., jax.Array]:
-    """A jitted (leaf or None, stored values, scales, index) -> leaf with the values in it."""
+    """A jitted function (leaf or None, stored values, scales, index) -> leaf with the values."""
 
-    def place(
+    def write(
         leaf: jax.Array | None, raw: jax.Array, scales: jax.Array | None, index: tuple[Any, ...]
     ) -> jax.Array:
         if scales is not None:
@@ -234,11 +230,11 @@ def _placer(
         start = (*index, *[0] * raw.ndim)
         return jax.lax.dynamic_update_slice(leaf, raw[(None,) * len(index)], start)
 
-    return jax.jit(place, out_shardings=sharding, donate_argnums=0)
+    return jax.jit(write, out_shardings=sharding, donate_argnums=0)
 
 
 def _check_copy(checkpoint: Checkpoint, entry: Stored) -> None:
-    """Refuses a copy of embedding or head that differs: only one of the two would be trained."""
+    """Refuses a copy of embedding or head that differs, as only one of the two would be trained."""
     first, second = checkpoint.read(entry.copy_of), checkpoint.read(entry.name)
     rows = max(1, _COMPARED_BYTES // max(1, first[0].nbytes))
     for start in range(0, len(first), rows):

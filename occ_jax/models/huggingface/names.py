@@ -1,104 +1,127 @@
-"""Which published tensor holds which parameters: the plan that loading and saving both follow.
+"""The published tensors of a model and the parameters that each holds, for loading and saving.
 
-A published tensor is one or more pieces of the parameter tree, each a set of its rows (its output
-dimension); the pieces of a tensor partition its rows, so a plan can be read in both directions.
-A family that is made of known parts takes a `Names`; a new part takes a generator of `_Part`s.
+A published tensor consists of one or more pieces. A piece is a set of the tensor's rows (its output
+dimension) and the parameter that holds them. The pieces of a tensor partition its rows, so the same
+list serves for reading and for writing. A new family with known parts needs a `TensorNames`; a new
+part needs a generator of `_Part`s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from occ_jax.config import ModelConfig, MoEConfig
 from occ_jax.models.transformer import LayerKind, mtp_kind, segments
 
-Layout = Literal["matrix", "plain", "convolution"]
-"""matrix: [..., out, in], which here is [..., in, out]; plain: as here; convolution: [channels, 1,
-width], which here is [width, channels]."""
-Rows = slice | np.ndarray
+RowIndex = slice | np.ndarray
 LeafPath = tuple[str | int, ...]
+
+_T = TypeVar("_T")
 
 EVERY = slice(None)
 
 
-class Piece(NamedTuple):
-    """Some rows of a published tensor, as they lie in the parameter tree."""
+@dataclass(frozen=True)
+class TensorLayout:
+    """The order of a published tensor's dimensions, relative to its parameter's."""
 
-    path: LeafPath  # of the leaf
-    index: tuple[int, ...]  # in the leaf's leading axes: repeat, expert
-    rows: Rows
+    transposed: bool = False
+    """Whether it is [..., out, in] for a parameter [..., in, out]."""
+    extra_axis: bool = False
+    """Whether it has an axis of size 1 after its first: [channels, 1, width]."""
+
+    def published(self, dims: tuple[_T, ...]) -> tuple[_T, ...]:
+        """Sizes (or partitions) of a parameter's dimensions in the tensor's order."""
+        return (*dims[:-2], dims[-1], dims[-2]) if self.transposed else dims
+
+    def rows_axis(self, ndim: int) -> int:
+        """The tensor's axis of rows, which its pieces partition; the extra axis does not count."""
+        return ndim - 2 if self.transposed else 0
+
+
+PLAIN = TensorLayout()
+MATRIX = TensorLayout(transposed=True)
+CONVOLUTION = TensorLayout(transposed=True, extra_axis=True)
+
+
+class Piece(NamedTuple):
+    """Some rows of a published tensor, and the parameter that holds them."""
+
+    path: LeafPath  # of the parameter
+    index: tuple[int, ...]  # into its leading axes: repeat, expert
+    rows: RowIndex
 
 
 class Stored(NamedTuple):
     """A published tensor."""
 
     name: str
-    layout: Layout
+    layout: TensorLayout
     pieces: tuple[Piece, ...]
     copy_of: str = ""
-    """Name of the tensor it repeats: it is checked on load and written on save."""
+    """Name of the tensor that this one repeats; loading compares the two, saving writes both."""
 
 
 @dataclass(frozen=True)
-class Names:
-    """A family's spelling; {k} is an MTP module's number, {layer} that number plus all layers."""
+class TensorNames:
+    """A family's names; {k} is the number of an MTP module, {layer} is {k} plus all layers."""
 
     trunk: str = "model."
-    """What stands before embed_tokens, layers and norm."""
+    """Prefix of embed_tokens, layers and norm."""
     module: str = ""
-    """What stands before a module's own norms and projection; "" for a family without modules."""
+    """Prefix of a module's norms and projection; "" for a family without modules."""
     module_block: str = ""
-    """What stands before the tensors of a module's block."""
+    """Prefix of the tensors of a module's block."""
     embed_norm: str = ""
     hidden_norm: str = ""
     projection: str = ""
     final_norm: str = ""
     module_embedding: str = ""
     module_head: str = ""
-    """A module's copies of embedding and head, where the family stores them again."""
+    """A module's copies of embedding and head; "" if the family does not repeat them."""
     shared_expert: str = "shared_experts"
     fused_delta_net: bool = False
     """Whether the delta net's projections are stored as two, interleaved by key head."""
     others: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
-    """Patterns of tensors that no model here holds."""
+    """Patterns of tensors that no model of this package holds."""
 
 
 class _Part(NamedTuple):
     """A published tensor of a block: names and paths within the block."""
 
     name: str
-    layout: Layout
-    pieces: tuple[tuple[str, Rows], ...]
+    layout: TensorLayout
+    pieces: tuple[tuple[str, RowIndex], ...]
     expert: int | None = None
 
 
-def plan(
-    config: ModelConfig, names: Names, num_modules: int, present: Collection[str]
+def published_tensors(
+    config: ModelConfig, names: TensorNames, num_modules: int, present: Collection[str]
 ) -> Iterator[Stored]:
-    """Every published tensor of a model, copies behind all that they repeat.
+    """Every published tensor of a model; copies come last.
 
     Args:
-        config: the model; `num_mtp_modules` says how many modules it holds.
-        names: the family's.
-        num_modules: modules in the checkpoint; the copies of all of them belong to the plan.
-        present: names of the checkpoint's tensors. Decides where experts come fused, and whether
-            there are copies: some exporters leave them out.
+        config: the model; it holds `num_mtp_modules` modules.
+        names: of the family.
+        num_modules: number of modules in the checkpoint; the copies of all of them are included.
+        present: names of the checkpoint's tensors. They decide whether experts are fused and
+            whether there are copies, which some exporters leave out.
     """
     embedding = Stored(
-        f"{names.trunk}embed_tokens.weight", "plain", (_whole("trunk", "embed", "embedding"),)
+        f"{names.trunk}embed_tokens.weight", PLAIN, (_whole("trunk", "embed", "embedding"),)
     )
-    head = Stored("lm_head.weight", "matrix", (_whole("trunk", "head", "kernel"),))
+    head = Stored("lm_head.weight", MATRIX, (_whole("trunk", "head", "kernel"),))
     yield embedding
     yield _norm(f"{names.trunk}norm", "trunk", "final_norm")
     if not config.tie_embeddings:
         yield head
     for number, (path, repeat, kind) in enumerate(_layers(config)):
         parts = _block(config, names, kind, f"{names.trunk}layers.{number}.", present)
-        yield from _placed(parts, f"{names.trunk}layers.{number}.", path, repeat)
+        yield from _in_block(parts, f"{names.trunk}layers.{number}.", path, repeat)
     for k in range(config.num_mtp_modules):
         prefix, block = (
             _module_prefix(config, text, k) for text in (names.module, names.module_block)
@@ -106,10 +129,10 @@ def plan(
         yield _norm(prefix + names.embed_norm, "mtp", k, "embed_norm")
         yield _norm(prefix + names.hidden_norm, "mtp", k, "hidden_norm")
         projection = (_whole("mtp", k, "projection", "kernel"),)
-        yield Stored(f"{prefix}{names.projection}.weight", "matrix", projection)
+        yield Stored(f"{prefix}{names.projection}.weight", MATRIX, projection)
         yield _norm(prefix + names.final_norm, "mtp", k, "final_norm")
         parts = _block(config, names, mtp_kind(config), block, present)
-        yield from _placed(parts, block, ("mtp", k, "block"), None)
+        yield from _in_block(parts, block, ("mtp", k, "block"), None)
     head_of = embedding if config.tie_embeddings else head
     copies = [(head.name, head_of)] if config.tie_embeddings else []
     for k in range(num_modules if names.module_head else 0):
@@ -123,8 +146,8 @@ def plan(
             yield original._replace(name=name, copy_of=original.name)
 
 
-def left_out(config: ModelConfig, names: Names, num_modules: int) -> tuple[str, ...]:
-    """Prefixes of the tensors of modules that the checkpoint has and the model does not hold."""
+def left_out(config: ModelConfig, names: TensorNames, num_modules: int) -> tuple[str, ...]:
+    """Prefixes of the modules that are in the checkpoint and not in the model."""
     return tuple(
         _module_prefix(config, text, k)
         for k in range(config.num_mtp_modules, num_modules)
@@ -141,22 +164,22 @@ def _whole(*path: str | int) -> Piece:
 
 
 def _norm(name: str, *path: str | int) -> Stored:
-    return Stored(f"{name}.weight", "plain", (_whole(*path, "scale"),))
+    return Stored(f"{name}.weight", PLAIN, (_whole(*path, "scale"),))
 
 
 def _layers(config: ModelConfig) -> Iterator[tuple[LeafPath, int | None, LayerKind]]:
-    """Where every layer's parameters lie: path of its block, and its place in stacked leaves."""
+    """Path of every layer's block, its repeat if the leaves are stacked, and its kind."""
     for index, segment in enumerate(segments(config)):
         for repeat in range(segment.repeats):
-            for place, kind in enumerate(segment.pattern):
-                at = repeat if segment.repeats > 1 else None
-                yield ("trunk", "layers", index, place), at, kind
+            for offset, kind in enumerate(segment.pattern):
+                stacked = repeat if segment.repeats > 1 else None
+                yield ("trunk", "layers", index, offset), stacked, kind
 
 
-def _placed(
+def _in_block(
     parts: Iterator[_Part], prefix: str, path: LeafPath, repeat: int | None
 ) -> Iterator[Stored]:
-    """A block's tensors, put where the block is."""
+    """The tensors of a block, with the names and paths of the whole model."""
     for part in parts:
         index = tuple(i for i in (repeat, part.expert) if i is not None)
         pieces = (Piece((*path, *leaf.split("/")), index, rows) for leaf, rows in part.pieces)
@@ -164,7 +187,7 @@ def _placed(
 
 
 def _block(
-    config: ModelConfig, names: Names, kind: LayerKind, prefix: str, present: Collection[str]
+    config: ModelConfig, names: TensorNames, kind: LayerKind, prefix: str, present: Collection[str]
 ) -> Iterator[_Part]:
     yield _plain("input_layernorm.weight", "mixer_norm/scale")
     yield _plain("post_attention_layernorm.weight", "feed_forward_norm/scale")
@@ -185,11 +208,11 @@ def _block(
 
 
 def _plain(name: str, leaf: str) -> _Part:
-    return _Part(name, "plain", ((leaf, EVERY),))
+    return _Part(name, PLAIN, ((leaf, EVERY),))
 
 
 def _linear(name: str, leaf: str) -> _Part:
-    return _Part(f"{name}.weight", "matrix", ((f"{leaf}/kernel", EVERY),))
+    return _Part(f"{name}.weight", MATRIX, ((f"{leaf}/kernel", EVERY),))
 
 
 def _swiglu(name: str, leaf: str) -> Iterator[_Part]:
@@ -198,22 +221,22 @@ def _swiglu(name: str, leaf: str) -> Iterator[_Part]:
 
 
 def _attention(config: ModelConfig) -> Iterator[_Part]:
-    query: list[tuple[str, Rows]] = [("query", EVERY)]
+    query: list[tuple[str, RowIndex]] = [("query", EVERY)]
     if config.attention_gate:
-        # Per head: query, then gate.
+        # For every head: query, gate.
         by_head = _grid(config.num_heads, 2, config.head_dim)
         query = [("query", by_head[:, 0].ravel()), ("gate", by_head[:, 1].ravel())]
-    projections: dict[str, list[tuple[str, Rows]]] = {
+    projections: dict[str, list[tuple[str, RowIndex]]] = {
         "q": query,
         "k": [("key", EVERY)],
         "v": [("value", EVERY)],
     }
     for short, pieces in projections.items():
         kernels = tuple((f"mixer/{name}/kernel", rows) for name, rows in pieces)
-        yield _Part(f"self_attn.{short}_proj.weight", "matrix", kernels)
+        yield _Part(f"self_attn.{short}_proj.weight", MATRIX, kernels)
         if config.qkv_bias:
             biases = tuple((f"mixer/{name}/bias", rows) for name, rows in pieces)
-            yield _Part(f"self_attn.{short}_proj.bias", "plain", biases)
+            yield _Part(f"self_attn.{short}_proj.bias", PLAIN, biases)
     yield _linear("self_attn.o_proj", "mixer/output")
     if config.qk_norm:
         yield _plain("self_attn.q_norm.weight", "mixer/query_norm/scale")
@@ -231,14 +254,14 @@ def _latent_attention(config: ModelConfig) -> Iterator[_Part]:
         ("mixer/latent_down/kernel", slice(0, latent.kv_rank)),
         ("mixer/shared_key/kernel", slice(latent.kv_rank, latent.kv_rank + latent.rope_head_dim)),
     )
-    yield _Part("self_attn.kv_a_proj_with_mqa.weight", "matrix", compressed)
+    yield _Part("self_attn.kv_a_proj_with_mqa.weight", MATRIX, compressed)
     yield _plain("self_attn.kv_a_layernorm.weight", "mixer/latent_norm/scale")
     by_head = _grid(config.num_heads, latent.nope_head_dim + latent.value_head_dim)
     expanded = (
         ("mixer/key/kernel", by_head[:, : latent.nope_head_dim].ravel()),
         ("mixer/value/kernel", by_head[:, latent.nope_head_dim :].ravel()),
     )
-    yield _Part("self_attn.kv_b_proj.weight", "matrix", expanded)
+    yield _Part("self_attn.kv_b_proj.weight", MATRIX, expanded)
     yield _linear("self_attn.o_proj", "mixer/output")
 
 
@@ -246,27 +269,27 @@ def _delta_net(config: ModelConfig, fused: bool) -> Iterator[_Part]:
     net = config.delta_net
     assert net is not None
     if fused:
-        # Per key head: its query, its key, then values and gates of the value heads it serves.
+        # For every key head: query, key, then values and gates of its value heads.
         shared = net.num_value_heads // net.num_key_heads
         key, value = net.key_head_dim, shared * net.value_head_dim
         by_head = _grid(net.num_key_heads, 2 * key + 2 * value)
         parts = np.split(by_head, [key, 2 * key, 2 * key + value], axis=1)
         qkv = np.concatenate([part.ravel() for part in parts[:3]])
         pieces = (("mixer/qkv/kernel", qkv), ("mixer/gate/kernel", parts[3].ravel()))
-        yield _Part("linear_attn.in_proj_qkvz.weight", "matrix", pieces)
+        yield _Part("linear_attn.in_proj_qkvz.weight", MATRIX, pieces)
         by_head = _grid(net.num_key_heads, 2, shared)
         pieces = (
             ("mixer/beta/kernel", by_head[:, 0].ravel()),
             ("mixer/decay/kernel", by_head[:, 1].ravel()),
         )
-        yield _Part("linear_attn.in_proj_ba.weight", "matrix", pieces)
+        yield _Part("linear_attn.in_proj_ba.weight", MATRIX, pieces)
     else:
         yield _linear("linear_attn.in_proj_qkv", "mixer/qkv")
         yield _linear("linear_attn.in_proj_z", "mixer/gate")
         yield _linear("linear_attn.in_proj_b", "mixer/beta")
         yield _linear("linear_attn.in_proj_a", "mixer/decay")
     convolution = (("mixer/convolution", EVERY),)
-    yield _Part("linear_attn.conv1d.weight", "convolution", convolution)
+    yield _Part("linear_attn.conv1d.weight", CONVOLUTION, convolution)
     yield _plain("linear_attn.A_log", "mixer/log_rate")
     yield _plain("linear_attn.dt_bias", "mixer/decay_bias")
     yield _plain("linear_attn.norm.weight", "mixer/norm/scale")
@@ -280,13 +303,13 @@ def _experts(moe: MoEConfig, fused: bool) -> Iterator[_Part]:
             (f"{leaf}/gate", slice(0, width)),
             (f"{leaf}/up", slice(width, 2 * width)),
         )
-        yield _Part("mlp.experts.gate_up_proj", "matrix", pair)
-        yield _Part("mlp.experts.down_proj", "matrix", ((f"{leaf}/down", EVERY),))
+        yield _Part("mlp.experts.gate_up_proj", MATRIX, pair)
+        yield _Part("mlp.experts.down_proj", MATRIX, ((f"{leaf}/down", EVERY),))
         return
     for expert in range(moe.num_experts):
         for part in ("gate", "up", "down"):
             name, pieces = f"mlp.experts.{expert}.{part}_proj.weight", ((f"{leaf}/{part}", EVERY),)
-            yield _Part(name, "matrix", pieces, expert)
+            yield _Part(name, MATRIX, pieces, expert)
 
 
 def _router(moe: MoEConfig, shared_expert: str) -> Iterator[_Part]:
@@ -300,7 +323,7 @@ def _router(moe: MoEConfig, shared_expert: str) -> Iterator[_Part]:
 
 
 def _grid(*shape: int) -> np.ndarray:
-    """Row numbers in order, by head."""
+    """Row numbers in order, as an array of the given shape."""
     return np.arange(np.prod(shape)).reshape(shape)
 
 
@@ -312,17 +335,16 @@ def leaf_at(tree: Any, path: LeafPath) -> Any:
 
 
 def stored_shape(stored: Stored, leaf: Callable[[LeafPath], Any]) -> tuple[int, ...]:
-    """The shape a published tensor must have.
+    """The shape that a published tensor must have.
 
     Args:
-        stored: of the plan.
-        leaf: gives the leaf of a path, or its shape as a `jax.ShapeDtypeStruct`.
+        stored: from `published_tensors`.
+        leaf: returns the parameter at a path, or its shape as a `jax.ShapeDtypeStruct`.
     """
-    inner = [leaf(piece.path).shape[len(piece.index) :] for piece in stored.pieces]
-    match stored.layout:
-        case "plain":
-            return (sum(shape[0] for shape in inner), *inner[0][1:])
-        case "matrix":
-            return (*inner[0][:-2], sum(shape[-1] for shape in inner), inner[0][-2])
-        case "convolution":
-            return (inner[0][1], 1, inner[0][0])
+    shapes = [
+        stored.layout.published(leaf(piece.path).shape[len(piece.index) :])
+        for piece in stored.pieces
+    ]
+    shape, axis = [*shapes[0]], stored.layout.rows_axis(len(shapes[0]))
+    shape[axis] = sum(shape[axis] for shape in shapes)
+    return (shape[0], 1, *shape[1:]) if stored.layout.extra_axis else tuple(shape)

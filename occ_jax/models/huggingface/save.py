@@ -1,12 +1,13 @@
-"""Parameters back into the Hugging Face directory they came from, trained.
+"""Saves parameters in the format of the Hugging Face directory that they were loaded from.
 
-The source directory is the pattern: every file gets the source's header and every tensor its place
-there, so names, shapes, types, shards and order are the source's by construction, and a model that
-was not trained is written bit for bit as it was read. Tensors are written one at a time.
+Every file gets the header of the source's file, and every tensor its offset there. So names,
+shapes, dtypes, shards and order are those of the source, and a model that was not trained is saved
+bit for bit as it was loaded. Tensors are written one at a time.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from occ_jax.errors import UserError
-from occ_jax.models.huggingface.files import (
+from occ_jax.models.huggingface.load import CheckpointLayout, read_layout
+from occ_jax.models.huggingface.names import EVERY, Piece, Stored, leaf_at
+from occ_jax.models.huggingface.tensors import (
     CONFIG,
     DTYPES,
     INDEX,
@@ -31,21 +34,19 @@ from occ_jax.models.huggingface.files import (
     Tensor,
     count_bytes,
 )
-from occ_jax.models.huggingface.load import Layout, read_layout
-from occ_jax.models.huggingface.names import EVERY, Piece, Stored, leaf_at
 from occ_jax.models.model import Model
 from occ_jax.types import Params
 
 StoredDType = Literal["source", "bfloat16", "float32"]
 _FORMAT = {"bfloat16": "BF16", "float32": "F32"}
 _LARGEST_E4M3 = 448.0
-_ROUNDS_TO_LARGEST = 464.0  # halfway to the next that the type would have
+_ROUNDS_TO_LARGEST = 464.0  # halfway to the next number if there were one
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_COPIED_BYTES = 1 << 24  # at once, of tensors that are carried over
+_COPIED_BYTES = 1 << 24  # of tensors that are carried over, at once
 
 
 class Saved(NamedTuple):
-    """What was written."""
+    """Size of what was written."""
 
     tensors: int
     size: int  # bytes of tensors
@@ -58,25 +59,25 @@ def save_pretrained(
     *,
     dtype: StoredDType = "source",
 ) -> Saved:
-    """Writes a model the way the Hugging Face directory it came from is written.
+    """Saves a model in the format of the Hugging Face directory that it was loaded from.
 
-    Names, shapes, types and shards are those of `model.config.checkpoint`; its other files are
-    carried over byte for byte, as are tensors that the model does not hold (a vision tower, modules
-    left out). Copies of embedding and head are written from the trained ones. FP8 tensors keep the
-    source's scales except in blocks that have outgrown them.
+    Names, shapes, dtypes and shards are those of `model.config.checkpoint`. Its other files are
+    copied byte for byte, and so are tensors that the model does not hold (a vision tower, unused
+    modules). Copies of embedding and head are written from the trained ones. FP8 tensors keep the
+    scales of the source, except blocks whose values have become too large for them.
 
     Args:
-        model: its config names the source directory, which must still be there.
+        model: its config names the source directory, which must still exist.
         params: trunk and modules, sharded or not.
-        directory: new, or empty. It appears when it is complete.
-        dtype: source, or one type for all tensors, without FP8; those that the source keeps in a
-            wider type than its embedding (router biases) stay in that. config.json is adapted.
+        directory: must be new or empty. It appears when it is complete.
+        dtype: "source", or one dtype for all tensors, without FP8. Tensors whose source dtype is
+            wider than that of the embedding (router biases) keep it. config.json is adapted.
 
     Returns:
-        How much was written.
+        Number of tensors and bytes written.
 
     Raises:
-        UserError: no source, a directory that is not empty or cannot be written.
+        UserError: there is no source, or the directory is not empty or cannot be written.
     """
     source, target = model.config.checkpoint, Path(directory)
     if not source:
@@ -88,35 +89,35 @@ def save_pretrained(
     with new_directory(target) as temporary:
         _copy_files(layout.checkpoint, temporary)
         if dtype == "source":
-            places, headers = layout.checkpoint.tensors, layout.checkpoint.headers
+            saved, headers = layout.checkpoint.tensors, layout.checkpoint.headers
         else:
-            places, headers = _unquantised(layout, _FORMAT[dtype])
+            saved, headers = _unquantised(layout, _FORMAT[dtype])
             _adapt_config(layout.checkpoint, temporary, dtype)
-            _write_index(layout.checkpoint, temporary, places)
+            _write_index(layout.checkpoint, temporary, saved)
         for file, header in headers.items():
-            ends = (place.start + place.size for place in places.values() if place.file == file)
+            ends = (tensor.start + tensor.size for tensor in saved.values() if tensor.file == file)
             with (temporary / file).open("wb") as stream:
                 stream.write(header)
                 stream.truncate(max(ends, default=len(header)))
-        for name, values in _trained(layout, params, places):
-            _write(temporary, places[name], values)
+        for name, values in _trained(layout, params, saved):
+            _write(temporary, saved[name], values)
         for name in layout.carried:
-            if name in places:
-                _carry(layout.checkpoint, name, temporary, places[name])
-    return Saved(len(places), sum(place.size for place in places.values()))
+            if name in saved:
+                _carry(layout.checkpoint, name, temporary, saved[name])
+    return Saved(len(saved), sum(tensor.size for tensor in saved.values()))
 
 
 @contextmanager
 def new_directory(target: Path) -> Generator[Path]:
-    """A directory to write in that becomes `target` at the end; nothing is left after an error.
+    """Creates a directory that is renamed to `target` at the end, and removed after an error.
 
     Raises:
-        UserError: `target` is there and not empty, or cannot be written.
+        UserError: `target` exists and is not empty, or cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already and not empty; nothing was written")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    # Left by a process of the same number that was killed.
+    # An earlier process with the same number may have been killed here.
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -129,7 +130,7 @@ def new_directory(target: Path) -> Generator[Path]:
 
 
 def _copy_files(checkpoint: Checkpoint, target: Path) -> None:
-    """Tokenizer, configs, remote code: all files of the source that hold no weights."""
+    """Copies all files of the source without weights: tokenizer, configs, remote code."""
     for path in checkpoint.directory.iterdir():
         name = path.name
         other_index = name.endswith(".index.json") and name != INDEX
@@ -137,11 +138,13 @@ def _copy_files(checkpoint: Checkpoint, target: Path) -> None:
             shutil.copyfile(path, target / name)
 
 
-def _unquantised(layout: Layout, dtype: str) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-    """Places and headers with every tensor in `dtype`, or wider where the source's is special."""
+def _unquantised(
+    layout: CheckpointLayout, dtype: str
+) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+    """Tensors and headers in `dtype`; tensors of a wider dtype than usual keep theirs."""
     checkpoint = layout.checkpoint
     usual = DTYPES[checkpoint.tensors[layout.stored[0].name].dtype].itemsize
-    places: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
     headers: dict[str, bytes] = {}
     for file, old in checkpoint.headers.items():
         entries: Json = {"__metadata__": json.loads(old[8:]).get("__metadata__", {})}
@@ -156,14 +159,14 @@ def _unquantised(layout: Layout, dtype: str) -> tuple[dict[str, Tensor], dict[st
                 size = count_bytes(kept, tensor.shape)
             offsets = [end, end + size]
             entries[name] = {"dtype": kept, "shape": list(tensor.shape), "data_offsets": offsets}
-            places[name] = Tensor(file, kept, tensor.shape, end, size)
+            saved[name] = Tensor(file, kept, tensor.shape, end, size)
             end += size
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         headers[file] = len(text).to_bytes(8, "little") + text
     return {
-        name: place._replace(start=place.start + len(headers[place.file]))
-        for name, place in places.items()
+        name: tensor._replace(start=tensor.start + len(headers[tensor.file]))
+        for name, tensor in saved.items()
     }, headers
 
 
@@ -173,7 +176,7 @@ def _is_scale(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _adapt_config(checkpoint: Checkpoint, target: Path, dtype: str) -> None:
-    """config.json without quantisation and with the type of the tensors."""
+    """Writes config.json without quantisation and with the dtype of the tensors."""
     config = json.loads(json.dumps(checkpoint.config))
     config.pop("quantization_config", None)
     for part in (config, config.get("text_config", {})):
@@ -183,47 +186,47 @@ def _adapt_config(checkpoint: Checkpoint, target: Path, dtype: str) -> None:
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_index(checkpoint: Checkpoint, target: Path, places: dict[str, Tensor]) -> None:
+def _write_index(checkpoint: Checkpoint, target: Path, saved: dict[str, Tensor]) -> None:
     if not (target / INDEX).is_file():
         return
     old = json.loads((checkpoint.directory / INDEX).read_text())
-    size = sum(place.size for place in places.values())
+    size = sum(tensor.size for tensor in saved.values())
     index = {
         "metadata": old.get("metadata", {}) | {"total_size": size},
-        "weight_map": {name: file for name, file in old["weight_map"].items() if name in places},
+        "weight_map": {name: file for name, file in old["weight_map"].items() if name in saved},
     }
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _trained(
-    layout: Layout, params: Params, places: dict[str, Tensor]
+    layout: CheckpointLayout, params: Params, saved: dict[str, Tensor]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor that the model holds, as it is to be stored."""
+    """Name and values, as they are stored, of every tensor that the model holds."""
     checkpoint = layout.checkpoint
     for entry in layout.stored:
         values = _gather(entry, params, checkpoint.tensors[entry.name].shape)
-        place = places[entry.name]
-        if place.dtype == "F8_E4M3":
+        tensor = saved[entry.name]
+        if tensor.dtype == "F8_E4M3":
             scales = checkpoint.scales(entry.name)
             assert scales is not None
             quantised, scales = quantise(values, scales, checkpoint.block)
             yield entry.name, quantised
             yield entry.name + SCALE_SUFFIX, scales
             continue
-        source, wanted = checkpoint.tensors[entry.name].dtype, DTYPES[place.dtype]
+        source, wanted = checkpoint.tensors[entry.name].dtype, DTYPES[tensor.dtype]
         digits = [ml_dtypes.finfo(dtype).nmant for dtype in (wanted, values.dtype)]
-        if source == place.dtype and digits[0] > digits[1]:
-            # Training could not see the digits that its type lacks: what it left alone keeps them.
-            before = checkpoint.read(entry.name)
-            same = before.astype(values.dtype) == values
-            yield entry.name, np.where(same, before, values.astype(wanted))
+        if source == tensor.dtype and digits[0] > digits[1]:
+            # Parameters have fewer digits than the source: values that training did not change keep
+            # the digits of the source.
+            original = checkpoint.read(entry.name)
+            same = original.astype(values.dtype) == values
+            yield entry.name, np.where(same, original, values.astype(wanted))
         else:
             yield entry.name, values.astype(wanted)
 
 
 def _gather(entry: Stored, params: Params, shape: tuple[int, ...]) -> np.ndarray:
-    """A published tensor's values, in the parameters' type, on the host."""
-    take = _take_plain if entry.layout == "plain" else _take_transposed
+    """A published tensor's values on the host, in the dtype of the parameters."""
 
     def values(piece: Piece) -> np.ndarray:
         leaf: jax.Array = leaf_at(params, piece.path)
@@ -232,48 +235,39 @@ def _gather(entry: Stored, params: Params, shape: tuple[int, ...]) -> np.ndarray
                 f"{entry.name}: parameters are spread over several processes; save_pretrained "
                 "gathers within one"
             )
-        return np.asarray(take(leaf, piece.index))
+        return np.asarray(_take(leaf, piece.index, transposed=entry.layout.transposed))
 
     (first, *rest) = entry.pieces
     if not rest:
         return values(first).reshape(shape)
-    axis = 0 if entry.layout == "plain" else len(shape) - 2
-    found = values(first)
-    whole = np.empty(shape, found.dtype)
-    for number, piece in enumerate(entry.pieces):
-        found = found if number == 0 else values(piece)
-        whole[(*[EVERY] * axis, piece.rows)] = found
+    axis = entry.layout.rows_axis(len(shape))
+    part = values(first)
+    whole = np.empty(shape, part.dtype)
+    whole[(*[EVERY] * axis, first.rows)] = part
+    for piece in rest:
+        whole[(*[EVERY] * axis, piece.rows)] = values(piece)
     return whole
 
 
-@jax.jit
-def _take_plain(leaf: jax.Array, index: tuple[Any, ...]) -> jax.Array:
-    return _at(leaf, index)
-
-
-@jax.jit
-def _take_transposed(leaf: jax.Array, index: tuple[Any, ...]) -> jax.Array:
-    return jnp.swapaxes(_at(leaf, index), -1, -2)
-
-
-def _at(leaf: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="transposed")
+def _take(leaf: jax.Array, index: tuple[Any, ...], *, transposed: bool) -> jax.Array:
     for i in index:
         leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
-    return leaf
+    return jnp.swapaxes(leaf, -1, -2) if transposed else leaf
 
 
 def quantise(
     values: np.ndarray, scales: np.ndarray, block: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds values / scale to float8_e4m3fn, one scale a block.
+    """Rounds values / scale to float8_e4m3fn, with one scale per block.
 
-    Dequantised values over the scales they came with are within rounding of the FP8 values, so they
-    become them again, bit for bit. A block that has outgrown its scale gets max |values| / 448.
+    Dequantised values divided by their own scales are within rounding of the FP8 values, so they
+    become the same bits again. A block with values too large for its scale gets max |values| / 448.
 
     Args:
         values: [out, in].
         scales: of the source, [blocks of rows, blocks of columns].
-        block: rows and columns of a block; those at the edges may be smaller.
+        block: rows and columns of a block; blocks at the edges may be smaller.
 
     Returns:
         FP8 values and float32 scales.
@@ -287,28 +281,28 @@ def quantise(
             largest = np.max(np.abs(part))
             if not largest <= _ROUNDS_TO_LARGEST * scales[i, j]:
                 scales[i, j] = largest / _LARGEST_E4M3
-            # A scale of 0 is of a block of zeros.
+            # The scale of a block of zeros is 0.
             divisor = scales[i, j] if scales[i, j] else np.float32(1.0)
             quantised[row : row + rows, column : column + columns] = part / divisor
     return quantised, scales
 
 
-def _write(directory: Path, place: Tensor, values: np.ndarray) -> None:
-    with (directory / place.file).open("r+b") as stream:
-        stream.seek(place.start)
+def _write(directory: Path, tensor: Tensor, values: np.ndarray) -> None:
+    with (directory / tensor.file).open("r+b") as stream:
+        stream.seek(tensor.start)
         stream.write(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
 
 
-def _carry(checkpoint: Checkpoint, name: str, target: Path, place: Tensor) -> None:
-    """Copies a tensor the model does not hold, converted where its type differs now."""
-    tensor = checkpoint.tensors[name]
-    if tensor.dtype == place.dtype:
-        with (checkpoint.directory / tensor.file).open("rb") as source:
-            source.seek(tensor.start)
-            with (target / place.file).open("r+b") as stream:
-                stream.seek(place.start)
-                for start in range(0, tensor.size, _COPIED_BYTES):
-                    stream.write(source.read(min(_COPIED_BYTES, tensor.size - start)))
+def _carry(checkpoint: Checkpoint, name: str, target: Path, tensor: Tensor) -> None:
+    """Copies a tensor that the model does not hold; converts it if the dtype differs."""
+    original = checkpoint.tensors[name]
+    if original.dtype == tensor.dtype:
+        with (checkpoint.directory / original.file).open("rb") as source:
+            source.seek(original.start)
+            with (target / tensor.file).open("r+b") as stream:
+                stream.seek(tensor.start)
+                for start in range(0, original.size, _COPIED_BYTES):
+                    stream.write(source.read(min(_COPIED_BYTES, original.size - start)))
         return
     values: Any = np.array(checkpoint.read(name))
     scales = checkpoint.scales(name)
@@ -316,4 +310,4 @@ def _carry(checkpoint: Checkpoint, name: str, target: Path, place: Tensor) -> No
         rows, columns = checkpoint.block
         wide = scales.repeat(rows, 0).repeat(columns, 1)[: values.shape[0], : values.shape[1]]
         values = values.astype(np.float32) * wide
-    _write(target, place, values.astype(DTYPES[place.dtype]))
+    _write(target, tensor, values.astype(DTYPES[tensor.dtype]))

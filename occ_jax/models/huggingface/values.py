@@ -1,4 +1,4 @@
-"""config.json read key by key, and the keys that all families have in common."""
+"""Checked access to the keys of config.json, and the keys that all families share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from occ_jax.config import YarnConfig
 from occ_jax.errors import UserError
-from occ_jax.models.huggingface.files import Json
+from occ_jax.models.huggingface.tensors import Json
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
@@ -23,18 +23,18 @@ _KINDS: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Values:
-    """The keys of a config.json, or of an object in it; null counts as absent."""
+    """The keys of a config.json, or of an object in it; null counts as missing."""
 
     path: Path
     values: Json
     inside: str = ""
-    """The object's name and a dot."""
+    """Prefix of the object's keys in messages: its name and a dot."""
 
     def get(self, key: str, kind: type[_T], default: Any = _REQUIRED) -> _T:
         """The value of a key.
 
         Raises:
-            UserError: it is of another kind, or absent without a default.
+            UserError: the value is of another kind, or is missing and has no default.
         """
         value = self.values.get(key)
         if value is None:
@@ -49,23 +49,23 @@ class Values:
         return cast("_T", value)
 
     def only(self, key: str, allowed: object, default: object = _REQUIRED) -> None:
-        """Raises UserError unless the key, or its default, has the one value that is supported."""
+        """Raises UserError unless the key, or its default, has the only supported value."""
         value = self.values.get(key)
         value = value if value is not None or default is _REQUIRED else default
         if value != allowed:
             raise self.refuse(key, value, f"{allowed!r}, all that is supported")
 
     def refuse(self, key: str, value: object, allowed: str) -> UserError:
-        """The error about a key."""
+        """The error about the value of a key."""
         return UserError(f"{self.path}: {self.inside}{key} is {value!r}; it must be {allowed}")
 
     def part(self, key: str) -> Values:
-        """An object in the config; empty where it is absent."""
+        """An object in the config; empty if it is missing."""
         return Values(self.path, self.get(key, dict, {}), f"{self.inside}{key}.")
 
 
 def basics(values: Values, *, rope_fraction: float = 1.0) -> dict[str, Any]:
-    """What all families have in common."""
+    """Fields of `ModelConfig` that all families share."""
     values.only("hidden_act", "silu", default="silu")
     heads = values.get("num_attention_heads", int)
     size = values.get("hidden_size", int)
@@ -83,7 +83,7 @@ def basics(values: Values, *, rope_fraction: float = 1.0) -> dict[str, Any]:
 
 
 def _rope(values: Values, fraction: float) -> dict[str, Any]:
-    """Rotary positions, in the spelling of published files or of transformers 5."""
+    """Fields for rotary positions, with the keys of published files or of transformers 5."""
     new, old = values.part("rope_parameters"), values.part("rope_scaling")
     scaling = new if new.values else old
     kind = scaling.get("rope_type", str, scaling.get("type", str, "default"))
@@ -99,17 +99,17 @@ def _rope(values: Values, fraction: float) -> dict[str, Any]:
 
 
 def _yarn(values: Values, scaling: Values) -> YarnConfig:
-    """YaRN; its two mscales are factors on sines and cosines and, in DeepSeek, on the softmax."""
+    """YaRN; its two mscales scale sines and cosines and, in DeepSeek, the softmax."""
     factor = scaling.get("factor", float)
-    once = scaling.get("mscale", float, 0.0)
+    mscale = scaling.get("mscale", float, 0.0)
     all_dimensions = scaling.get("mscale_all_dim", float, 0.0)
 
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     ratio = magnitude(1.0)
-    if once and all_dimensions:
-        ratio = magnitude(once) / magnitude(all_dimensions)
+    if mscale and all_dimensions:
+        ratio = magnitude(mscale) / magnitude(all_dimensions)
     original = scaling.values.get("original_max_position_embeddings")
     positions = (
         values.get("max_position_embeddings", int)
@@ -122,7 +122,7 @@ def _yarn(values: Values, scaling: Values) -> YarnConfig:
         beta_fast=scaling.get("beta_fast", float, 32.0),
         beta_slow=scaling.get("beta_slow", float, 1.0),
         attention_factor=scaling.get("attention_factor", float, ratio),
-        # Used by latent attention alone, as in the published models.
+        # Only latent attention uses it, as in the published models.
         softmax_factor=magnitude(all_dimensions) ** 2 if all_dimensions else 1.0,
         truncate=scaling.get("truncate", bool, True),
     )

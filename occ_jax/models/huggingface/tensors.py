@@ -1,8 +1,9 @@
-"""A directory of safetensors files: what it holds, read tensor by tensor.
+"""The tensors of a directory of safetensors files, read one by one.
 
-Owns the files' layout (index, headers, offsets, block-scaled FP8) and every error about them; what
-the tensors mean is `names`'. The safetensors library opens every file and checks it; the bytes of a
-tensor are then mapped by the offsets of its header, as the library's numpy side knows no float8.
+Owns the file format (index, headers, offsets, block-scaled FP8) and every error about it. `names`
+owns what the tensors mean. The safetensors library opens and checks every file. The bytes of a
+tensor are then memory-mapped by the offsets in the header, because the library's numpy interface
+does not support float8.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCALE_SUFFIX = "_scale_inv"
 
 Json = dict[str, Any]
 
-# Names of the format -> types that parameters may be read from.
+# Name of a dtype in the format -> the dtype. Parameters may be stored in these.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -37,24 +38,24 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies."""
+    """File, offset, dtype and shape of one tensor."""
 
     file: str
-    dtype: str  # the format's name of it
+    dtype: str  # its name in the format
     shape: tuple[int, ...]
-    start: int  # of its bytes in the file
+    start: int  # offset of its bytes in the file
     size: int  # bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face directory, its headers read and its tensors not."""
+    """A Hugging Face directory of which config and headers are in memory, and no tensor."""
 
     directory: Path
     config: Json
-    """config.json."""
+    """The content of config.json."""
     tensors: dict[str, Tensor]
-    """By name, in the order of the files and of their bytes."""
+    """By name, ordered by file and offset."""
     headers: dict[str, bytes]
     """The bytes of every file before its first tensor."""
 
@@ -63,7 +64,7 @@ class Checkpoint:
         return f"{self.directory / self.tensors[name].file}: tensor {name}"
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor's values, mapped: only what is sliced out of it is read."""
+        """A tensor's values, memory-mapped: only the slices that are used are read."""
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
             raise UserError(
@@ -76,10 +77,10 @@ class Checkpoint:
         return np.memmap(path, dtype, mode="r", offset=tensor.start, shape=tensor.shape)
 
     def scale_of(self, name: str) -> str | None:
-        """The tensor with the scales of an FP8 tensor's blocks; None for any other type.
+        """The name of the tensor with the scales of an FP8 tensor; None for other dtypes.
 
         Raises:
-            UserError: an FP8 tensor without scales, or scales that do not fit it.
+            UserError: an FP8 tensor has no scales, or scales of the wrong shape.
         """
         if self.tensors[name].dtype != "F8_E4M3":
             return None
@@ -101,13 +102,13 @@ class Checkpoint:
         return scale
 
     def scales(self, name: str) -> np.ndarray | None:
-        """float32 scales of an FP8 tensor, [blocks of rows, blocks of columns]; else None."""
+        """The scales of an FP8 tensor, float32 [blocks of rows, blocks of columns]; else None."""
         scale = self.scale_of(name)
         return None if scale is None else np.array(self.read(scale), np.float32)
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows and columns of a block with one scale."""
+        """Number of rows and columns of a block that has one scale."""
         settings = self.config.get("quantization_config")
         size = settings.get("weight_block_size") if isinstance(settings, dict) else None
         valid = isinstance(size, list) and len(size) == 2  # pyright: ignore[reportUnknownArgumentType]
@@ -121,7 +122,7 @@ class Checkpoint:
 
 
 def is_pretrained(directory: Path) -> bool:
-    """Whether this is a Hugging Face directory, and not a run, whose config.json is another."""
+    """Whether this is a Hugging Face directory; a run has a config.json of another kind."""
     try:
         return "model_type" in json.loads((directory / CONFIG).read_text())
     except (OSError, ValueError):
@@ -129,10 +130,10 @@ def is_pretrained(directory: Path) -> bool:
 
 
 def read_json(path: Path) -> Json:
-    """A JSON file that holds an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
-        UserError: it is not there or holds something else.
+        UserError: the file cannot be read or holds something else.
     """
     try:
         values = json.loads(path.read_text())
@@ -146,10 +147,10 @@ def read_json(path: Path) -> Json:
 
 
 def read_config_json(directory: Path) -> Json:
-    """config.json of a checkpoint directory.
+    """Reads config.json of a checkpoint directory.
 
     Raises:
-        UserError: this is no checkpoint directory.
+        UserError: this is not a checkpoint directory.
     """
     if not directory.is_dir():
         raise UserError(f"no checkpoint directory {directory}")
@@ -161,10 +162,10 @@ def read_config_json(directory: Path) -> Json:
 
 
 def read_names(directory: Path) -> dict[str, str]:
-    """Which file every tensor is said to be in: the index, or the header of the only file.
+    """The file of every tensor, from the index or from the header of the only file.
 
     Raises:
-        UserError: neither is there, or the index is damaged.
+        UserError: there is neither, or the index is damaged.
     """
     path = directory / INDEX
     if path.is_file():
@@ -178,23 +179,23 @@ def read_names(directory: Path) -> dict[str, str]:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Reads config.json, index and headers, and checks them against one another.
+    """Reads config.json, index and headers, and checks that they agree.
 
     Raises:
-        UserError: naming the file, and the tensor where it is about one.
+        UserError: they are missing, damaged or contradictory; the message names file and tensor.
     """
     config, names = read_config_json(directory), read_names(directory)
     tensors: dict[str, Tensor] = {}
     headers: dict[str, bytes] = {}
     for file in sorted(set(names.values())):
-        wanted = next(name for name, place in names.items() if place == file)
+        wanted = next(name for name, its_file in names.items() if its_file == file)
         path = directory / file
         if Path(file).name != file:
             raise UserError(f"{directory / INDEX}: tensor {wanted} is in {file!r}, no file name")
         if not path.is_file():
             raise UserError(f"{path} is missing; {INDEX} says it holds tensor {wanted} and others")
-        headers[file], found = _read_header(path, wanted)
-        for name, tensor in found.items():
+        headers[file], in_file = _read_header(path, wanted)
+        for name, tensor in in_file.items():
             if name in tensors or names.get(name, file) != file:
                 other = tensors[name].file if name in tensors else names[name]
                 raise UserError(f"{path} and {directory / other} both claim tensor {name}")
@@ -206,7 +207,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _read_header(path: Path, wanted: str) -> tuple[bytes, dict[str, Tensor]]:
-    """The bytes before the first tensor, and the tensors by position; checked by the library."""
+    """The bytes before the first tensor, and the tensors by offset; the library checks the file."""
     about = f" (it should hold tensor {wanted})" if wanted else ""
     try:
         with safe_open(path, framework="np"):
@@ -241,7 +242,7 @@ def _parse_header(path: Path) -> tuple[bytes, dict[str, Json]]:
 
 
 def _first_cut(path: Path) -> str | None:
-    """The first tensor whose bytes end behind the file's end; None if that is not the fault."""
+    """The first tensor whose bytes reach beyond the end of the file; None if there is none."""
     try:
         size = path.stat().st_size
         if int.from_bytes(path.open("rb").read(8), "little") > size:
@@ -255,5 +256,5 @@ def _first_cut(path: Path) -> str | None:
 
 
 def count_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
+    """Number of bytes of a tensor."""
     return math.prod(shape) * DTYPES[dtype].itemsize

@@ -1,8 +1,8 @@
-"""Log-probabilities of response tokens by every head, aligned by the token they speak of.
+"""States and log-probabilities of response tokens, for the main head and for every module's head.
 
-The trunk runs over all columns but the last, module k over the slots whose prediction exists. Both
-then end at the last token, so the last R states of *every* head speak of the R response columns:
-no shifting of masks, whatever the depth.
+They are aligned by the predicted token. The trunk runs over all columns except the last, module k
+over the slots that predict an existing column. So the last state of *every* head predicts the last
+token, and its last R states predict the R response columns: no mask is shifted, at any depth.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from occ_jax.models.decoder import output_head, read_head
 from occ_jax.models.distributions import entropy, soft_cross_entropy, token_log_probs
 from occ_jax.models.layers import whole_tiles
 from occ_jax.models.model import Model
-from occ_jax.parallel.sharding import for_every_place
+from occ_jax.models.pieces import map_in_pieces
+from occ_jax.parallel.sharding import copy_per_row_shard
 from occ_jax.types import Params
 
 
 class TrunkStates(NamedTuple):
-    """The trunk over columns 0 ... T-2."""
+    """Result of the trunk over columns 0 ... T-2."""
 
     hidden: Float[Array, "B T-1 D"]  # after the final norm
-    mtp_input: Float[Array, "B T-1 D"]  # what enters the first MTP module
-    expert_load: Float[Array, "L E"]  # tokens that each expert of each such layer was sent
+    mtp_input: Float[Array, "B T-1 D"]  # input of the first MTP module
+    expert_load: Float[Array, "L E"]  # tokens of every expert, for each MoE layer
 
 
 def column_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of every column in its own row: 0 for the first real token, and for left padding."""
+    """Position of every column in its own row; 0 for the first real token and for left padding."""
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def trunk_states(
     model: Model, theta: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
 ) -> TrunkStates:
-    """Runs the trunk over every column that predicts one."""
+    """Runs the trunk over every column that predicts another one."""
     last = tokens.shape[1] - 1
     arrays = (tokens[:, :-1], column_positions(valid)[:, :-1], valid[:, :-1])
     tokens, positions, valid = map(whole_tiles, arrays)
@@ -51,7 +52,7 @@ def trunk_states(
 def _expert_load(
     model: Model, experts: list[Int[Array, "repeats B T k"]], valid: Bool[Array, "B T"]
 ) -> Float[Array, "L E"]:
-    """Counts real tokens only; [0, 0] for a model without experts."""
+    """Counts the real tokens of every expert; [0, 0] for a model without experts."""
     moe = model.config.moe
     if moe is None:
         return jnp.zeros((0, 0))
@@ -70,15 +71,18 @@ def auxiliary_states(
     valid: Bool[Array, "B T+1"],
     response_tokens: int,
 ) -> list[Array]:
-    """Every module's states for the response columns, K arrays [B, R, D].
+    """States of every module for the response columns.
 
     Args:
         model: the architecture.
-        params: whose embedding and modules are used; what gradient may flow is decided here.
+        params: only the embedding and the modules are used; the caller stops gradients in them.
         mtp_input: from `trunk_states`.
         tokens: all columns.
         valid: real tokens.
         response_tokens: R; the prompt must have at least K+1 columns.
+
+    Returns:
+        K arrays [B, R, D].
     """
     depth = model.config.num_mtp_modules
     states = model.mtp_states(
@@ -95,9 +99,10 @@ def auxiliary_states(
 def auxiliary_masks(
     valid: Bool[Array, "B T"], response_mask: Bool[Array, "B R"], depth: int
 ) -> Bool[Array, "K B R"]:
-    """Response tokens that module k predicts from a real token, k = 1 ... depth.
+    """Response tokens that module k predicts from a real token, for k = 1 ... depth.
 
-    Module k speaks of column t from slot t-k-1; in a prompt shorter than k+1 that slot is padding.
+    Module k predicts column t from slot t-k-1. If the prompt is shorter than k+1, that slot is
+    padding for the first response tokens.
     """
     if depth == 0:
         return jnp.zeros((0, *response_mask.shape), bool)
@@ -107,10 +112,10 @@ def auxiliary_masks(
 
 
 class TokenScores(NamedTuple):
-    """What the output head says of one column's token."""
+    """Scores of the response tokens under one head."""
 
-    log_probs: Float[Array, "B R"]  # log pi(token), float32 nats
-    entropy: Float[Array, "B R"]  # of the whole distribution, nats
+    log_probs: Float[Array, "B R"]  # log π(token), float32, nats
+    entropy: Float[Array, "B R"]  # of the distribution over the vocabulary, nats
     best: Int[Array, "B R"]  # int32, the most probable token
 
 
@@ -121,16 +126,16 @@ def score_tokens(
     tokens: Int[Array, "B R"],
     temperature: float = 1.0,
 ) -> TokenScores:
-    """Reads the output head without keeping its logits.
+    """Scores tokens with the output head, without keeping the logits.
 
-    With `model.logits_columns` set, [B, that, V] logits exist at a time, and the backward pass
-    makes them again. What nothing reads is not computed.
+    If `model.logits_columns` is set, the logits of that many columns exist at a time, and the
+    backward pass recomputes them. XLA removes the scores that the caller does not use.
 
     Args:
         model: the architecture.
-        theta: whose head (and embedding, where tied) is read.
+        theta: trunk parameters; the output head (or the tied embedding) is used.
         hidden: states after a final norm.
-        tokens: int32, the token each state is asked about.
+        tokens: int32, the token that each state predicts.
         temperature: divides the logits.
     """
     logits_of = _head_reader(model, theta, hidden.shape[0])
@@ -150,13 +155,13 @@ def distillation_losses(
     student: Float[Array, "B R D"],
     temperature: float = 1.0,
 ) -> Float[Array, "B R"]:
-    """`soft_cross_entropy` of two states read by the same head, columns at a time as above.
+    """`soft_cross_entropy` of two states under the same head, in pieces like `score_tokens`.
 
     Args:
         model: the architecture.
-        theta: whose head is read.
-        teacher: states whose distribution p is data: no gradient.
-        student: states whose distribution q is fitted to it.
+        theta: trunk parameters; the output head is used.
+        teacher: states of the target distribution, which gets no gradient.
+        student: states of the distribution that is trained.
         temperature: divides both logits.
     """
     logits_of = _head_reader(model, theta, student.shape[0])
@@ -169,13 +174,14 @@ def distillation_losses(
     return _by_columns(model, loss, teacher, student)
 
 
-def _head_reader(model: Model, theta: Params, count: int) -> Callable[[Array], Array]:
-    """Logits of `count` rows of states, whatever columns; between devices the head travels once.
+def _head_reader(model: Model, theta: Params, rows: int) -> Callable[[Array], Array]:
+    """A function from states of `rows` rows to logits, to be called on any columns.
 
-    What columns add to its gradient adds up in float32, where they lie.
+    The head is sent between devices once for all calls. Its gradient adds up over the columns in
+    float32, on the device that has the rows.
     """
     head = output_head(model.config, theta).astype(jnp.float32)
-    heads = for_every_place(head, count, None, "vocabulary")
+    heads = copy_per_row_shard(head, rows, None, "vocabulary")
     return functools.partial(read_head, model.config, heads)
 
 
@@ -183,19 +189,8 @@ _Result = TypeVar("_Result")
 
 
 def _by_columns(model: Model, function: Callable[..., _Result], *arrays: Array) -> _Result:
-    """`function` of arrays [B, R, ...], `model.logits_columns` columns at a time."""
-    columns, size = arrays[0].shape[1], model.config.logits_columns
-    if size == 0 or size >= columns:
+    """`function` of arrays [B, R, ...], on `model.logits_columns` columns at a time."""
+    size = model.config.logits_columns
+    if size == 0 or size >= arrays[0].shape[1]:
         return function(*arrays)
-    padding = -columns % size
-
-    def cut(x: Array) -> Array:
-        """[B, R, ...] to [pieces, B, size, ...]: rows stay where they lie on the mesh."""
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-    def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :columns]
-
-    piece = jax.checkpoint(lambda parts: function(*parts))
-    return jax.tree.map(join, jax.lax.map(piece, tuple(map(cut, arrays))))
+    return map_in_pieces(function, arrays, axis=1, size=size)
