@@ -20,14 +20,15 @@ cross_batch.
 import dataclasses
 
 from configs import mimo_7b_dapo
-from occ_jax.config import Config, MeshConfig, ModelConfig, MoEConfig
+from occ_jax.config import Config, MeshConfig, MoEConfig
 
 
 def get_config() -> Config:
     mimo = mimo_7b_dapo.get_config()
     return dataclasses.replace(
         mimo,
-        model=ModelConfig(
+        model=dataclasses.replace(
+            mimo.model,
             hidden_size=4096,
             num_layers=46,
             num_heads=96,
@@ -52,12 +53,6 @@ def get_config() -> Config:
             num_mtp_modules=1,
             mtp_concat="embed_hidden",
             mtp_trunk_hidden="post_norm",
-            param_dtype=mimo.model.param_dtype,
-            dtype=mimo.model.dtype,
-            scan_layers=mimo.model.scan_layers,
-            remat=mimo.model.remat,
-            attention_columns=mimo.model.attention_columns,
-            logits_columns=mimo.model.logits_columns,
         ),
         # 8 divides key-value heads, the width of an expert, the vocabulary and the experts.
         mesh=MeshConfig(fsdp=2, expert=8, tensor=8),

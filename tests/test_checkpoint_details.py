@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from occ_jax.cli.arguments import main
-from occ_jax.config import MeshConfig
+from occ_jax.config import MeshConfig, ModelConfig
 from occ_jax.errors import UserError
 from occ_jax.models import load_pretrained, read_config, save_pretrained
 from occ_jax.models.huggingface.save import quantise
@@ -42,7 +42,7 @@ def change_tensors(directory, change):
 )
 def test_eight_devices_load_and_save_what_one_does(case, axes, tmp_path):
     mesh = make_mesh(MeshConfig(**axes))
-    config = read_config(GOLDEN / case, scan_layers=True)
+    config = read_config(GOLDEN / case, ModelConfig(scan_layers=True))
     model, spread = load_pretrained(GOLDEN / case, config=config, mesh=mesh)
     _, whole = load_pretrained(GOLDEN / case, config=config)
     jax.tree.map(np.testing.assert_array_equal, spread, whole)
@@ -94,7 +94,7 @@ def test_denormals_and_negative_zeros_are_kept(param_dtype, scan_layers, tmp_pat
             for i, (name, tensor) in enumerate(tensors.items())
         },
     )
-    config = read_config(directory, param_dtype=param_dtype, scan_layers=scan_layers)
+    config = read_config(directory, ModelConfig(param_dtype=param_dtype, scan_layers=scan_layers))
     model, params = load_pretrained(directory, config=config)
     save_pretrained(model, params, tmp_path / "saved")
     assert files(tmp_path / "saved") == files(directory)
@@ -111,7 +111,7 @@ def test_digits_that_parameters_lack_come_back_where_nothing_was_learnt(stored, 
             for name, tensor in tensors.items()
         },
     )
-    config = read_config(directory, param_dtype="bfloat16")
+    config = read_config(directory, ModelConfig(param_dtype="bfloat16"))
     model, params = load_pretrained(directory, config=config)
     scale = params["trunk"]["final_norm"]["scale"]
     params["trunk"]["final_norm"]["scale"] = scale.at[3].set(0.5)

@@ -5,14 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from occ_jax.cli.arguments import main
-from occ_jax.config.checks import require_positive
-from occ_jax.errors import UserError
 from occ_jax.files import read_rows
 from tests.tiny import config_file
 
@@ -151,11 +148,6 @@ def test_a_mistake_in_a_config_file_gets_one_line(tmp_path, capsys, text, said):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
     assert error.startswith(f"error: {path}, line ")
-
-
-def test_a_number_that_is_text_gets_one_line():
-    with pytest.raises(UserError, match=r"^run\.steps is '3'; it must be positive$"):
-        require_positive("run", types.SimpleNamespace(steps="3"), "steps")
 
 
 @pytest.mark.parametrize(

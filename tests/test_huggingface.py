@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from occ_jax.cli.arguments import main
+from occ_jax.config import ModelConfig
 from occ_jax.errors import UserError
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
 from occ_jax.models.huggingface.tensors import open_checkpoint
@@ -37,8 +38,8 @@ def close(found, wanted, lengths, ahead=0):
     assert error.max() <= 1e-4 * np.abs(wanted).max()
 
 
-def compare(directory, golden, suffix="", **options):
-    config = read_config(directory, **options)
+def compare(directory, golden, suffix="", like=ModelConfig(), **options):
+    config = read_config(directory, like, **options)
     model, params = load_pretrained(directory, config=config)
     tokens, lengths = golden["tokens"], golden["lengths"]
     modules = "mtp_logits_1" in golden
@@ -77,7 +78,7 @@ def test_the_numbers_of_transformers(case):
 @pytest.mark.parametrize("case", [HYBRID, SPARSE])
 def test_scanned_layers_load_stacked(case):
     golden = dict(np.load(GOLDEN / f"{case}.npz"))
-    compare(GOLDEN / case, golden, scan_layers=True)
+    compare(GOLDEN / case, golden, like=ModelConfig(scan_layers=True))
 
 
 def test_the_other_reading_of_mimo():
@@ -94,7 +95,8 @@ def test_a_round_trip_gives_every_file_back(case, tmp_path):
 
 @pytest.mark.parametrize("case", [HYBRID, "deepseek_fp8_small_blocks"])
 def test_a_round_trip_of_stacked_bfloat16_layers(case, tmp_path):
-    config = read_config(GOLDEN / case, scan_layers=True, param_dtype="bfloat16")
+    like = ModelConfig(scan_layers=True, param_dtype="bfloat16")
+    config = read_config(GOLDEN / case, like)
     model, params = load_pretrained(GOLDEN / case, config=config)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} >= {"bfloat16"}
     save_pretrained(model, params, tmp_path / "saved")
@@ -318,6 +320,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
 _LOAD = """
 import re, sys, threading, time
 import jax
+from occ_jax.config import ModelConfig
 from occ_jax.models import load_pretrained, read_config
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
@@ -326,7 +329,7 @@ def watch():
     while True:
         peak = max(peak, resident())
         time.sleep(0.002)
-config = read_config(sys.argv[1], scan_layers=True)
+config = read_config(sys.argv[1], ModelConfig(scan_layers=True))
 jax.block_until_ready(jax.numpy.zeros(8))
 before = peak = resident()
 threading.Thread(target=watch, daemon=True).start()

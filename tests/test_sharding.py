@@ -375,7 +375,7 @@ MOE = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=8, shared_
             {"data": 2, "fsdp": 4, "expert": 4},
             {"moe": MOE},
             "rollout.num_prompts is 8; it must be such that prompts, and the 8 rows of a "
-            "micro-batch, divide over the 32 places of mesh.data, mesh.fsdp and mesh.expert",
+            "micro-batch, divide over the 32 shards of mesh.data, mesh.fsdp and mesh.expert",
         ),
     ],
 )

@@ -90,16 +90,16 @@ def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
             directory = "".join(overrides[position + 1 : position + 2])
     if not directory:
         return config
-    from occ_jax.models.huggingface.families import FREE_FIELDS, read_config
+    from occ_jax.models.huggingface.families import read_config
 
     model = config.model
-    found = read_config(directory, **{name: getattr(model, name) for name in FREE_FIELDS})
-    if found.num_mtp_modules == 0:
-        # Whether that will do is known after the overrides.
-        found = dataclasses.replace(found, num_mtp_modules=model.num_mtp_modules)
-    # Not checked as a whole yet: the overrides may say the mesh or the lengths that fit this model.
+    read = read_config(directory, model)
+    if read.num_mtp_modules == 0:
+        # Only the overrides decide whether a model without modules is allowed.
+        read = dataclasses.replace(read, num_mtp_modules=model.num_mtp_modules)
+    # Set without a check of the whole: the overrides may give the mesh or lengths for this model.
     joined = copy.copy(config)
-    object.__setattr__(joined, "model", found)
+    object.__setattr__(joined, "model", read)
     return joined
 
 

@@ -64,7 +64,7 @@ def convert(
 
 
 def _to_orbax(source: Path, target: Path, param_dtype: DType) -> str:
-    config = read_config(source.absolute(), param_dtype=param_dtype)
+    config = read_config(source.absolute(), ModelConfig(param_dtype=param_dtype))
     _, params = load_pretrained(source, config=config)
     with new_directory(target) as directory:
         save_params(directory, params, {MODEL: dataclasses.asdict(config)})

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from occ_jax.config import Config
+from occ_jax.config import Config, Fact, RolloutConfig, fields_with
 from occ_jax.data.examples import Prompt
 from occ_jax.data.pipeline import evaluation_prompts
 from occ_jax.errors import UserError
@@ -29,8 +29,6 @@ from occ_jax.training.run_directory import RunDirectory
 from occ_jax.types import Params
 
 _TASK_QUESTIONS = 1024  # of a digit task, which has no end
-# Fields of the rollout that shape training alone, or how many prompts a call takes.
-_NOT_SAMPLING = {"num_prompts", "group_size", "old_log_probs", "dynamic_sampling", "max_rounds"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +177,13 @@ def _evaluate_into(
 
 def _header(config: Config, name: str, policy: str, options: EvaluationOptions) -> dict[str, Any]:
     """All that the answers to a set's questions, and the verdicts on them, depend on."""
-    sampling = dataclasses.asdict(config.rollout)
+    rollout, ignored = config.rollout, fields_with(Fact.SAME_SAMPLES, RolloutConfig)
     return {
         "policy": policy,
         "set": name,
         "samples": options.num_samples,
         "seed": config.run.seed,
-        "sampling": {k: v for k, v in sampling.items() if k not in _NOT_SAMPLING},
+        "sampling": {k: v for k, v in dataclasses.asdict(rollout).items() if k not in ignored},
         "dtype": config.model.dtype,
         "prompts a call": call_of(config, options.num_samples).questions,
         "verifier": verifier_identity(verifier_of(config, name)),

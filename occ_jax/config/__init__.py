@@ -1,5 +1,12 @@
-"""Experiment configs: every field, its default and what it may be."""
+"""Configs: every setting of a run, its default and its allowed values."""
 
+from occ_jax.config.dictionaries import (
+    differences,
+    flatten,
+    from_dict,
+    model_from_dict,
+    to_dict,
+)
 from occ_jax.config.experiment import (
     Aggregation,
     AlgorithmConfig,
@@ -20,18 +27,17 @@ from occ_jax.config.experiment import (
     Verifier,
     WarmStartConfig,
     computation,
-    differences,
-    from_dict,
-    model_from_dict,
-    to_dict,
 )
+from occ_jax.config.facts import Fact, fields_with
 from occ_jax.config.model import (
     AttentionKernel,
+    ConcatOrder,
     DeltaNetConfig,
     DType,
     LatentAttentionConfig,
     ModelConfig,
     MoEConfig,
+    TrunkHidden,
     YarnConfig,
 )
 
@@ -39,11 +45,13 @@ __all__ = [
     "Aggregation",
     "AlgorithmConfig",
     "AttentionKernel",
+    "ConcatOrder",
     "Config",
     "DType",
     "DatasetConfig",
     "DeltaNetConfig",
     "Estimator",
+    "Fact",
     "HeadLoss",
     "LatentAttentionConfig",
     "MTPConfig",
@@ -58,11 +66,14 @@ __all__ = [
     "TaskConfig",
     "TaskName",
     "Thinking",
+    "TrunkHidden",
     "Verifier",
     "WarmStartConfig",
     "YarnConfig",
     "computation",
     "differences",
+    "fields_with",
+    "flatten",
     "from_dict",
     "model_from_dict",
     "to_dict",

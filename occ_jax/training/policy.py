@@ -7,22 +7,16 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from occ_jax.config import Config, differences
+from occ_jax.config import Config, Fact, differences, fields_with
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface import load_pretrained
-from occ_jax.models.huggingface.files import is_pretrained
+from occ_jax.models.huggingface.tensors import is_pretrained
 from occ_jax.models.model import Model
 from occ_jax.parallel.exchange import on_first_process
 from occ_jax.parallel.sharding import abstract
 from occ_jax.training.checkpoint import find_checkpoint, restore_params
 from occ_jax.training.run_directory import RunDirectory, is_same_directory
 from occ_jax.types import Params
-
-# Fields of a model that its parameters do not depend on.
-SAME_PARAMETERS = {
-    *("model.dtype", "model.remat"),
-    *("model.attention_kernel", "model.attention_columns", "model.logits_columns"),
-}
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -55,8 +49,7 @@ def load_policy(config: Config, mesh: Mesh, checkpoint: Path) -> Params:
         changed = [
             f"{name} is {trained!r} in its run and {configured!r} in the config"
             for name, (trained, configured) in differences(run.config(), config).items()
-            if name.startswith("model.")
-            and name not in SAME_PARAMETERS
+            if name not in fields_with(Fact.SAME_MODEL, Config)
             and not (name == "model.checkpoint" and is_same_directory(trained, configured))
         ]
         if changed:

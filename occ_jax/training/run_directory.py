@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from occ_jax.config import Config, MeshConfig, differences, from_dict, to_dict
+from occ_jax.config import Config, Fact, differences, fields_with, from_dict, to_dict
 from occ_jax.errors import UserError
 from occ_jax.files import PARTIAL, Row, read_rows, write_json
 
-# Fields in which a run directory and the config that resumes it may differ.
-MAY_CHANGE = {
-    "dataset.directory",
-    "reward.workers",
-    "rollout.max_rounds",
-    "rollout.gather_weights",
-    "model.remat",
-    "model.attention_kernel",
-    "model.attention_columns",
-    "model.logits_columns",
-    "run.directory",
-    "run.steps",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_every",
-    "run.wandb_project",
-    "warm_start.cache_directory",
-    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
-}
 _CONFIG, _CHECKPOINTS, _EVALUATIONS = "config.json", "checkpoints", "evaluations"
 
 
@@ -136,7 +116,7 @@ class RunDirectory:
         changed = {
             name: values
             for name, values in differences(self.config(), config).items()
-            if name not in MAY_CHANGE
+            if name not in fields_with(Fact.MAY_CHANGE, Config)
             and not (name == "model.checkpoint" and is_same_directory(*values))
         }
         if changed:

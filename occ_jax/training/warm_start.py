@@ -7,7 +7,6 @@ task, warm-up), so regimes and seeds start from the same parameters.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from occ_jax.config import Config
+from occ_jax.config import Config, Fact, fields_with, flatten, to_dict
 from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task_prompts
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface import load_pretrained
@@ -72,10 +71,12 @@ def starting_params(setup: Setup, report: Callable[[str], None] = lambda _: None
 
 
 def cache_path(config: Config) -> Path:
-    """Returns the directory of a finished warm-up, named by a digest of all that determines it."""
-    warm_start = dataclasses.replace(config.warm_start, cache_directory="")
-    determines = [dataclasses.asdict(x) for x in (config.model, config.task, warm_start)]
-    digest = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns the directory of a finished warm-up, named by a digest of what determines it."""
+    ignored = fields_with(Fact.SAME_WARM_UP, Config)
+    fields = {
+        name: value for name, value in flatten(to_dict(config)).items() if name not in ignored
+    }
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.warm_start.cache_directory) / f"{config.task.name}-{digest}"
 
 

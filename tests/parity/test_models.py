@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from occ_jax.config import ModelConfig
 from occ_jax.models import Model, load_pretrained, read_config, save_pretrained
 from tests.parity import reference
 from tests.parity.checkpoints import write_checkpoint
@@ -43,7 +44,7 @@ def compare(model, params, directory: Path, seed: int):
 def test_the_numbers_of_transformers(case: Case, seed: int, tmp_path: Path):
     case = dataclasses.replace(case, seed=case.seed + 100 * seed)
     write_checkpoint(case, tmp_path / "source")
-    config = read_config(tmp_path / "source", scan_layers=seed == 1)
+    config = read_config(tmp_path / "source", ModelConfig(scan_layers=seed == 1))
     model, params = load_pretrained(tmp_path / "source", config=config)
     depth = compare(model, params, tmp_path / "source", seed)
     assert depth == (2 if config.num_mtp_modules else 0)

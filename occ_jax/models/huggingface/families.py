@@ -10,59 +10,43 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from occ_jax.config import (
-    AttentionKernel,
+    ConcatOrder,
     DeltaNetConfig,
-    DType,
+    Fact,
     LatentAttentionConfig,
     ModelConfig,
     MoEConfig,
+    TrunkHidden,
+    fields_with,
 )
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface.names import TensorNames
 from occ_jax.models.huggingface.tensors import CONFIG, Json, read_config_json, read_names
 from occ_jax.models.huggingface.values import Values, basics
 
-FREE_FIELDS = (
-    *("param_dtype", "dtype", "scan_layers", "remat"),
-    *("attention_kernel", "attention_columns", "logits_columns"),
-)
-"""Of a `ModelConfig`: what no checkpoint decides."""
-
 
 def read_config(
     directory: str | Path,
+    like: ModelConfig = ModelConfig(),
     *,
     num_mtp_modules: int | None = None,
-    mtp_trunk_hidden: Literal["post_norm", "pre_norm"] | None = None,
-    param_dtype: DType = "float32",
-    dtype: DType = "float32",
-    scan_layers: bool = False,
-    remat: Literal["none", "dots", "full"] = "none",
-    attention_kernel: AttentionKernel = "auto",
-    attention_columns: int = 0,
-    logits_columns: int = 0,
+    mtp_trunk_hidden: TrunkHidden | None = None,
 ) -> ModelConfig:
-    """The model that a Hugging Face directory describes.
+    """The model in a Hugging Face directory.
 
     Args:
         directory: holds config.json and safetensors files.
-        num_mtp_modules: K; None for as many as the checkpoint has, fewer leave the others out.
-        mtp_trunk_hidden: None for the family's own, which for MiMo is in dispute: Xiaomi's engine
-            reads the state before the final norm, others the state after it.
-        param_dtype: as in `ModelConfig`, like the rest.
-        dtype: of activations.
-        scan_layers: one compiled layer.
-        remat: what the backward pass recomputes.
-        attention_kernel: of whole sequences.
-        attention_columns: query columns whose scores exist at once.
-        logits_columns: response columns whose logits exist at once.
+        like: gives the fields that no checkpoint decides: types, stacking of layers, memory.
+        num_mtp_modules: K; None for all modules of the checkpoint, a smaller number for the first.
+        mtp_trunk_hidden: None for the family's default. The default for MiMo is in dispute:
+            Xiaomi's engine reads the state before the final norm, others the state after it.
 
     Raises:
         UserError: no checkpoint directory, an unknown architecture, a value that the model does not
-            support, more modules than there are.
+            support, or more modules than the checkpoint has.
     """
     path = Path(directory)
     top = Values(path / CONFIG, read_config_json(path))
@@ -82,19 +66,14 @@ def read_config(
             f"model.num_mtp_modules is {num_mtp_modules}; {path} has {available} MTP modules "
             f"({family.count_key}), so it must be at most that"
         )
+    free = fields_with(Fact.NOT_IN_CHECKPOINT, ModelConfig)
     return ModelConfig(
         checkpoint=str(directory),
         **fields,
         num_mtp_modules=available if num_mtp_modules is None else num_mtp_modules,
         mtp_concat=family.mtp_concat,
         mtp_trunk_hidden=mtp_trunk_hidden or family.mtp_trunk_hidden,
-        param_dtype=param_dtype,
-        dtype=dtype,
-        scan_layers=scan_layers,
-        remat=remat,
-        attention_kernel=attention_kernel,
-        attention_columns=attention_columns,
-        logits_columns=logits_columns,
+        **{name: getattr(like, name) for name in free},
     )
 
 
@@ -281,8 +260,8 @@ class Family:
     """The source of that number, for messages."""
     nested: bool = False
     """Whether the language model's config is under text_config."""
-    mtp_concat: Literal["embed_hidden", "hidden_embed"] = "embed_hidden"
-    mtp_trunk_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+    mtp_concat: ConcatOrder = "embed_hidden"
+    mtp_trunk_hidden: TrunkHidden = "post_norm"
 
 
 _NEXTN_KEY = "num_nextn_predict_layers"

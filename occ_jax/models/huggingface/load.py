@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from occ_jax.config import MeshConfig, ModelConfig
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface.families import (
-    FREE_FIELDS,
     find_family,
     num_modules,
     read_config,
@@ -132,9 +131,9 @@ def check_config(directory: Path, config: ModelConfig) -> ModelConfig:
     """
     own = read_config(
         directory,
+        config,
         num_mtp_modules=config.num_mtp_modules,
         mtp_trunk_hidden=config.mtp_trunk_hidden,
-        **{name: getattr(config, name) for name in FREE_FIELDS},
     )
     for field in dataclasses.fields(ModelConfig):
         given, published = getattr(config, field.name), getattr(own, field.name)
