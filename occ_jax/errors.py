@@ -1,4 +1,8 @@
-"""The error for a user's mistake, and a library's message as one line."""
+"""The error for a user's mistake, a library's message as one line, and how both are reported."""
+
+import sys
+import traceback
+from typing import ClassVar
 
 
 class UserError(Exception):
@@ -7,7 +11,24 @@ class UserError(Exception):
     The command line prints it as one line.
     """
 
+    exit_status: ClassVar[int] = 2
+
 
 def one_line(error: BaseException) -> str:
     """The start of a library's message, its line breaks and indentation removed."""
     return " ".join(str(error).split())[:200]
+
+
+def report(error: BaseException) -> int:
+    """Prints what ended a command on standard error; returns the exit status.
+
+    A user's mistake is one line; an error of the program is a traceback.
+    """
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    return 1

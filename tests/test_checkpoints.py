@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import absl.logging
 import jax
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ from occ_jax.models import Model
 from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.progress import Progress
 from occ_jax.rl.train_step import abstract_state, place_state
-from occ_jax.training.checkpoint import Checkpoints, damage, find_checkpoint, newest_intact
+from occ_jax.training.checkpoint import (
+    Checkpoints,
+    damage,
+    find_checkpoint,
+    newest_intact,
+    save_params,
+)
 from occ_jax.training.loop import train
 from occ_jax.training.run_directory import RunDirectory
 from tests.tiny import config_file, tiny_config
@@ -205,6 +212,24 @@ def test_asked_to_stop_while_the_last_checkpoint_closes_a_run_ends_with_it(tmp_p
     train(tiny_config(tmp_path), Progress(quiet=True))
     assert damage(tmp_path / "run" / "checkpoints" / "6") is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_libraries_are_silent_only_while_a_checkpoint_is_written(one_device, tmp_path, monkeypatch):
+    close, during = occ_jax.training.checkpoint._close, []
+
+    def observed(path):
+        during.append(absl.logging.get_verbosity())
+        close(path)
+
+    monkeypatch.setattr(occ_jax.training.checkpoint, "_close", observed)
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    hook = sys.unraisablehook
+    save_params(tmp_path / "params", one_device.params)
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, one_device, 0)
+        checkpoints.wait()
+        assert absl.logging.get_verbosity() == absl.logging.WARNING
+    assert during == [absl.logging.FATAL] * 2 and sys.unraisablehook is hook
 
 
 # The command line, with files of so many bytes at the most.

@@ -10,19 +10,17 @@ import difflib
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from occ_jax.cli import commands
 from occ_jax.cli.config_file import load_config
-from occ_jax.cli.runtime import hold_back_orbax, keep_freed_memory
+from occ_jax.cli.runtime import keep_freed_memory
 from occ_jax.data.answers import KINDS
-from occ_jax.errors import UserError
+from occ_jax.errors import UserError, report
 from occ_jax.parallel import processes
 
-_OF_PROCESSES = {"train", "evaluate"}  # commands that several processes can run together
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
 
 
@@ -44,22 +42,11 @@ class _Help(argparse.Action):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the process's exit status, 1 for a plan that does not fit."""
-    if {*arguments[:1]} & _OF_PROCESSES and processes.requested(arguments):
-        return processes.supervise(lambda: _run(arguments))
-    return _run(arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
     keep_freed_memory()
-    hold_back_orbax()
     try:
         return _parse(list(arguments))() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (UserError, KeyboardInterrupt) as error:
+        return report(error)
 
 
 def _parse(arguments: list[str]) -> Callable[[], int | None]:
@@ -123,18 +110,18 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
 def _add_distributed(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes, on one machine or many (docs/pods.md)",
-        "each is given the same command, with a process id of its own",
+        "every process gets the same command, with its own process id",
     )
     several.add_argument(
         "--distributed.auto",
         action="store_true",
         default=None,
-        help="as JAX finds: TPU pods, SLURM, Open MPI",
+        help="use JAX's cluster detection: TPU pods, SLURM, Open MPI, Kubernetes",
     )
     several.add_argument(
         "--distributed.coordinator",
         metavar="HOST:PORT",
-        help="where process 0 listens (JAX_COORDINATOR_ADDRESS)",
+        help="address that process 0 listens on (JAX_COORDINATOR_ADDRESS)",
     )
     several.add_argument(
         "--distributed.num-processes", type=_positive, metavar="N", help="(JAX_NUM_PROCESSES)"
@@ -146,13 +133,13 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
         "--distributed.initialization-timeout",
         type=_positive,
         metavar="SECONDS",
-        help="in which all must have started (120)",
+        help="time in which all processes must have started (120)",
     )
     several.add_argument(
         "--distributed.heartbeat-timeout",
         type=_positive,
         metavar="SECONDS",
-        help="of silence after which a process is taken for dead (60)",
+        help="time without a heartbeat after which a process counts as dead (60)",
     )
 
 

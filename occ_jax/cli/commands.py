@@ -180,9 +180,12 @@ def run_convert(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _joined(options: argparse.Namespace, *, asks: bool) -> Generator[None]:
-    """Connected to the other processes, if there are to be any.
+    """Connects to the other processes, if options or environment name any.
 
-    `asks`: whether JAX's preemption service is asked for the SIGTERMs that it takes.
+    Args:
+        options: parsed command line.
+        asks: whether the command asks JAX's preemption service, which catches SIGTERM, when to
+            stop; otherwise SIGTERM interrupts.
     """
     given = {
         name.removeprefix("distributed.").replace("-", "_"): value

@@ -1,12 +1,13 @@
-"""What is each process's own and what is everybody's, in a run of one process or of several.
+"""Moves data between processes, and between the host of a process and all devices.
 
-Every process draws, samples and judges a block of a step's prompts: process h of H has prompts
-h·N/H to (h+1)·N/H, so that the rows of all processes in order are those of a run of one. Arrays on
-devices are global. Numbers on the host are gathered, so that every process computes the same
-metrics and takes the same decisions; only the first writes.
+Every process draws, samples and verifies its own rows of a step's prompts: process p of P has rows
+p·N/P to (p+1)·N/P, so the rows of all processes in order are those of a run with one process.
+Arrays on devices are global. Numbers on the host are gathered, so that every process computes the
+same metrics and takes the same decisions; only the first process writes. `processes.py` connects
+the processes.
 
-What is moved to and from the devices here is asked for; where JAX has no word for that, the guard
-against transfers that nobody asked for is lifted.
+A run forbids transfers to and from devices that are not explicit. The transfers here are explicit;
+where JAX has no explicit call for them, they are allowed by a local guard.
 """
 
 from __future__ import annotations
@@ -29,49 +30,49 @@ _T = TypeVar("_T")
 
 
 def is_first_process() -> bool:
-    """Whether this process writes files and speaks to people."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def check_processes(config: Config, mesh: Mesh, **options: Any) -> None:
-    """Refuses what several processes cannot do together.
+    """Checks that all processes were started with the same settings and use all devices.
 
     Args:
-        config: of this process.
-        mesh: of this process.
-        options: what else all must have been asked for alike; JSON values.
+        config: config of this process.
+        mesh: mesh of this process.
+        options: other settings that must be equal on all processes; JSON values.
 
     Raises:
-        UserError: their configs, options or versions of JAX differ, or devices are left over.
+        UserError: configs, options or versions of JAX differ, or the mesh leaves devices unused.
     """
-    hosts = jax.process_count()
-    if hosts == 1:
+    num_processes = jax.process_count()
+    if num_processes == 1:
         return
     options["version of jax"] = jax.__version__
     first, *others = gather_objects({"config": to_dict(config), "options": options})
     for process, other in enumerate(others, start=1):
-        found = differences(from_dict(first["config"]), from_dict(other["config"]))
+        different = differences(from_dict(first["config"]), from_dict(other["config"]))
         for name, value in first["options"].items():
             if other["options"].get(name) != value:
-                found[name] = (value, other["options"].get(name))
-        if found:
-            listed = ", ".join(f"{name} {a!r} and {b!r}" for name, (a, b) in found.items())
+                different[name] = (value, other["options"].get(name))
+        if different:
+            listed = ", ".join(f"{name} {a!r} and {b!r}" for name, (a, b) in different.items())
             raise UserError(f"processes 0 and {process} have different configs: {listed}")
     if mesh.size != jax.device_count():
         raise UserError(
-            f"the mesh has {mesh.size} places; with {hosts} processes it must have as many as "
-            f"there are devices ({jax.device_count()})"
+            f"the mesh has {mesh.size} places; with {num_processes} processes it must have as "
+            f"many as there are devices ({jax.device_count()})"
         )
 
 
 def process_rows(count: int) -> slice:
-    """This process's part of `count` things; of those that H does not divide the last have less."""
+    """Slice of this process in `count` rows; the last processes may get fewer, or none."""
     size = -(-count // jax.process_count())
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
 
 def put_process_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
-    """The global array, rows over the mesh, of which `own` is this process's block."""
+    """Global array with rows sharded over the mesh, from the rows of this process alone."""
     shape = (own.shape[0] * jax.process_count(), *own.shape[1:])
     if jax.process_count() == 1 or not _process_rows_are_local(mesh, shape[0]):
         return put_all_rows(mesh, gather_rows(own))
@@ -80,7 +81,7 @@ def put_process_rows(mesh: Mesh, own: np.ndarray) -> jax.Array:
 
 
 def put_all_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
-    """The global array, rows over the mesh, that every process has the whole of."""
+    """Global array with rows sharded over the mesh, from all rows, which every process has."""
     if jax.process_count() == 1:
         return jax.device_put(whole, row_sharding(mesh))
     with jax.transfer_guard("allow"):
@@ -90,7 +91,7 @@ def put_all_rows(mesh: Mesh, whole: np.ndarray) -> jax.Array:
 
 
 def get_process_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
-    """This process's block of an array whose rows lie over the mesh, on the host."""
+    """Rows of this process, on the host, from a global array with rows sharded over the mesh."""
     if jax.process_count() == 1 or not _process_rows_are_local(mesh, array.shape[0]):
         return get_all_rows(array)[process_rows(array.shape[0])]
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
@@ -98,12 +99,12 @@ def get_process_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
 
 
 def get_all_rows(array: jax.Array) -> np.ndarray:
-    """A global array, however it lies, on the host of every process."""
+    """All rows of a global array with any sharding, on the host of every process."""
     return jax.device_get(array) if jax.process_count() == 1 else _all_gathered(array)
 
 
 def _process_rows_are_local(mesh: Mesh, count: int) -> bool:
-    """Whether every process's devices hold rows of its block alone."""
+    """Whether the devices of every process hold rows of that process only."""
     size = count // jax.process_count()
     for device, (index, *_) in row_sharding(mesh).devices_indices_map((count,)).items():
         start, stop, _ = index.indices(count)
@@ -113,7 +114,7 @@ def _process_rows_are_local(mesh: Mesh, count: int) -> bool:
 
 
 def gather_rows(own: np.ndarray) -> np.ndarray:
-    """The blocks of all processes, one after the other; of several in 32 bits."""
+    """Rows of all processes, in their order; float64 becomes float32 if there are several."""
     if jax.process_count() == 1:
         return own
     own = own.astype(np.float32) if own.dtype == np.float64 else own
@@ -121,12 +122,12 @@ def gather_rows(own: np.ndarray) -> np.ndarray:
 
 
 def _all_gathered(array: jax.Array | np.ndarray) -> np.ndarray:
-    with jax.transfer_guard("allow"):  # its way leads over the devices
+    with jax.transfer_guard("allow"):  # it moves host arrays through the devices
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """What every process has to say, in their order; JSON values."""
+    """JSON values of all processes, in the order of the processes."""
     if jax.process_count() == 1:
         return [own]
     text = np.frombuffer(json.dumps(own).encode(), np.uint8)
@@ -138,23 +139,33 @@ def gather_objects(own: Any) -> list[Any]:
 
 
 def on_first_process(function: Callable[[], _T]) -> _T:
-    """What `function` returns, a JSON value, or refuses on the first process, for all of them."""
+    """Calls `function` on the first process; every process gets its result, or its `UserError`.
+
+    Args:
+        function: returns a JSON value.
+
+    Returns:
+        Result of the first process.
+
+    Raises:
+        UserError: the call on the first process raised it.
+    """
     if jax.process_count() == 1:
         return function()
-    said: Any = None
+    outcome: Any = None
     if is_first_process():
         try:
-            said = {"value": function()}
+            outcome = {"value": function()}
         except UserError as error:
-            said = {"error": str(error)}
-    said = gather_objects(said)[0]
-    if "error" in said:
-        raise UserError(said["error"])
-    return said["value"]
+            outcome = {"error": str(error)}
+    outcome = gather_objects(outcome)[0]
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
 
 
 def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
-    """A small array that every process has, on all devices."""
+    """Small array that every process has, replicated on all devices."""
     if jax.process_count() == 1:
         return jax.device_put(value, replicated(mesh))
     with jax.transfer_guard("allow"):
@@ -162,7 +173,7 @@ def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
 
 
 def fold_in(mesh: Mesh, key: Key[Array, ""], *numbers: int) -> Key[Array, ""]:
-    """`jax.random.fold_in` by one number after the other."""
+    """Folds `numbers` into the key, one after the other (`jax.random.fold_in`)."""
     return _folded(key, put_replicated(mesh, np.array(numbers, np.uint32)))
 
 

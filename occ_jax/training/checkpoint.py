@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -91,6 +95,7 @@ class Checkpoints:
             UserError: it, or the one before, could not be written.
         """
         self.wait()
+        release = _hold_back_orbax()
         rest = {
             "opt_state": state.opt_state,
             "step": state.step,
@@ -107,7 +112,9 @@ class Checkpoints:
             )
         except Exception as error:
             raise _unwritten(self._path(step), error) from error
-        self._closing = threading.Thread(target=self._finish, args=(step,), name="close checkpoint")
+        self._closing = threading.Thread(
+            target=self._finish, args=(step, release), name="close checkpoint"
+        )
         self._closing.start()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, int]:
@@ -182,11 +189,12 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return Path(self._manager.directory) / str(step)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, release: Callable[[], None]) -> None:
         try:
             self._manager.wait_until_finished()
             if is_first_process():
                 _close(self._path(step))
+            release()
         except Exception as error:  # of a full disk, or a lost one
             self._failure = _unwritten(self._path(step), error)
             self._failure.__cause__ = error
@@ -198,6 +206,7 @@ def save_params(directory: Path, params: Params, about: dict[str, Any] | None = 
     Raises:
         UserError: they could not be written.
     """
+    release = _hold_back_orbax()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
@@ -212,6 +221,39 @@ def save_params(directory: Path, params: Params, about: dict[str, Any] | None = 
     except Exception as error:
         raise _unwritten(directory, error) from error
     ocp.multihost.sync_global_processes(f"closed {directory}")
+    release()
+
+
+def _hold_back_orbax() -> Callable[[], None]:
+    """Silences orbax while it writes; returns what ends the silence after a successful write.
+
+    When a write fails, orbax logs a traceback for every array, raises the first array's error and
+    closes its event loop. The other arrays are reported later, until the process ends: by orbax's
+    threads, by asyncio and the interpreter when they are collected, and by tensorstore's threads,
+    which find the loop closed. The one line for all of this is the `UserError` of the caller, so
+    after a failure the silence must not end.
+    """
+    verbosity, hook = absl.logging.get_verbosity(), sys.unraisablehook
+    tasks = logging.getLogger("asyncio")
+    level = tasks.level
+
+    def ignore_closed_loop(unraisable: sys.UnraisableHookArgs) -> None:
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not (closed and unraisable.exc_type is RuntimeError):
+            hook(unraisable)
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    tasks.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loop
+    # A filter cannot be removed, and no other coroutine runs in this process.
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+
+    def release() -> None:
+        absl.logging.set_verbosity(verbosity)
+        tasks.setLevel(level)
+        sys.unraisablehook = hook
+
+    return release
 
 
 def _unwritten(directory: Path, error: Exception) -> UserError:
