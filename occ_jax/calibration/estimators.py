@@ -1,4 +1,3 @@
-# pyright: strict
 """Other measurements of c = <g, h_k> and G = <h_k, h_l> than inner products of one batch.
 
 Owns three: across micro-batches, which removes the bias that gradients of the same samples share;

@@ -1,7 +1,3 @@
-# pyright: strict, reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-# (optax is untyped and jax in part; the `count` of a state hides that of tuple)
 """Calibrated auxiliary gradients: the optax transformation and the closed-form optimum behind it.
 
 Owns the weights λ of K auxiliary gradients h_k added to a main gradient g: the inner products
