@@ -1,5 +1,7 @@
 """The error for a user's mistake, and a library's message as one line."""
 
+import importlib.util
+
 
 class UserError(Exception):
     """Bad input: the message names the thing, its value and what is allowed.
@@ -11,3 +13,16 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """The start of a library's message, its line breaks and indentation removed."""
     return " ".join(str(error).split())[:200]
+
+
+def missing_extra(error: ModuleNotFoundError, needed_by: str, extra: str) -> str:
+    """One line that says which extra of occ_jax installs the package that was not found.
+
+    Raises:
+        ModuleNotFoundError: `error` itself, if the package is installed and lacks a module.
+    """
+    package = (error.name or "").partition(".")[0]
+    if not package or importlib.util.find_spec(package):
+        raise error
+    extra = package if package == "wandb" else extra
+    return f"{needed_by} needs {package}: pip install 'occ_jax[{extra}]'"

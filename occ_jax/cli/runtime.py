@@ -7,8 +7,6 @@ import logging
 import sys
 import warnings
 
-import absl.logging
-
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEEP = 64 * 2**20
@@ -40,6 +38,8 @@ def hold_back_orbax() -> None:
     retrieved, writes that never began, and tensorstore's threads that find the loop closed. Nothing
     else here uses asyncio.
     """
+    import absl.logging
+
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
