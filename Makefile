@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
+UV := .venv-uv/bin/uv
 UV_VERSION := 0.13.9
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -22,7 +23,7 @@ export PIP_NO_INPUT = 1
 export PYRIGHT_PYTHON_USE_BUNDLED_PYRIGHT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow parity lint bench lock clean
+.PHONY: help demo test slow parity core wheel lint bench lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -40,6 +41,18 @@ slow: $(STAMP)  ## run the tests that take minutes: kills, several processes, ei
 parity: $(PARITY)/.installed  ## compare with transformers, live (its environment has torch)
 	@$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
 
+core: $(STAMP) $(UV)  ## test the calibration with jax and optax alone, their oldest and newest
+	@$(build_wheel)
+	@$(call test_core,.venv-core-oldest,jax optax --resolution lowest-direct,jax|jaxlib|optax)
+	@$(call test_core,.venv-core-newest)
+
+wheel: $(STAMP) $(UV)  ## build the wheel, install it with [train], train in an empty folder
+	@$(build_wheel)
+	@$(call install_wheel,.venv-wheel,[train])
+	@rm -rf build/wheel && mkdir -p build/wheel && cd build/wheel && \
+	  $(CURDIR)/.venv-wheel/bin/occ-jax train reverse_digits \
+	  --run.steps 2 --warm-start.steps 2 $(ARGS)
+
 lint: $(STAMP)  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,10 +61,8 @@ lint: $(STAMP)  ## ruff check, ruff format --check, pyright
 bench: $(STAMP)  ## time a step of every regime
 	@$(BIN)/python benchmarks/step_time.py $(ARGS)
 
-lock:  ## resolve requirements.lock anew from pyproject.toml (newer versions: ARGS=--upgrade)
-	@$(call make_environment,.venv-lock)
-	@.venv-lock/bin/python -m pip install -qq uv==$(UV_VERSION)
-	@.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+lock: $(UV)  ## resolve requirements.lock anew from pyproject.toml (newer versions: ARGS=--upgrade)
+	@$(UV) pip compile --quiet --universal --python-version 3.11 \
 	  --extra test --extra dev --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  $(ARGS) pyproject.toml -o requirements.lock
@@ -84,6 +95,32 @@ define install_lock
 $(1)/bin/python -m pip install -qq --require-hashes --no-deps -r requirements.lock && \
 $(1)/bin/python -m pip install -qq --no-deps --no-build-isolation -e .
 endef
+
+build_wheel = rm -rf dist && $(BIN)/python -m hatchling build -t wheel
+
+# Installs the built wheel with the extras $(2) into a new environment $(1), in the versions of
+# requirements.lock, except for the packages $(4); $(3) goes to uv.
+define install_wheel
+rm -rf $(1); $(call make_environment,$(1)) && \
+sed -n 's/^\([^ #].*==[^\]*\) \\$$/\1/p' requirements.lock | grep -vE '^($(4))==' \
+  >$(1)/constraints.txt && \
+$(UV) pip install -q -p $(1) -c $(1)/constraints.txt $(3) "$$(echo dist/*.whl)$(2)"
+endef
+
+# Runs the examples of the calibration with nothing but the wheel and what it requires, then the
+# calibration's tests.
+define test_core
+$(call install_wheel,$(1),,$(2),$(3)) && \
+$(UV) pip list -q -p $(1) && \
+(cd $(1)/lib/python*/site-packages/occ_jax/calibration && \
+  $(CURDIR)/$(1)/bin/python -m doctest transform.py estimators.py) && \
+$(UV) pip install -q -p $(1) -c $(1)/constraints.txt pytest hypothesis && \
+$(1)/bin/python -m pytest tests/test_calibration.py tests/test_estimators.py $(ARGS)
+endef
+
+$(UV):
+	@$(call make_environment,.venv-uv)
+	@.venv-uv/bin/python -m pip install -qq uv==$(UV_VERSION)
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(call make_environment,$(VENV))

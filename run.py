@@ -1,8 +1,8 @@
-"""Command line of occ_jax: `python run.py --help`."""
+"""The command line, from a checkout: `python run.py --help`."""
 
 import sys
 
-from occ_jax.cli.arguments import main
+from occ_jax.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

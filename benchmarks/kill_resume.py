@@ -119,13 +119,14 @@ class Kill:
 
         def reached() -> bool:
             match aim:
+                case "start":
+                    return True
                 case "save":
                     return len(begun(steps, since)) > 0
                 case "manifest":
                     return any(name.isdigit() for name in begun(steps, since))
                 case "step":
                     return newest(steps) > before
-            return True
 
         try:
             while process.poll() is None and not reached():

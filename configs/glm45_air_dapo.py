@@ -19,7 +19,8 @@ cross_batch.
 
 import dataclasses
 
-from configs import mimo_7b_dapo
+import mimo_7b_dapo
+
 from occ_jax.config import Config, MeshConfig, MoEConfig
 
 

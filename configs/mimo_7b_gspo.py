@@ -15,7 +15,8 @@ Data and hardware are those of configs/mimo_7b_dapo.py; only the loss differs.
 
 import dataclasses
 
-from configs import mimo_7b_dapo
+import mimo_7b_dapo
+
 from occ_jax.config import Config
 
 

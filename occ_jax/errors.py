@@ -1,5 +1,6 @@
 """The error for a user's mistake, a library's message as one line, and how both are reported."""
 
+import importlib.util
 import sys
 import traceback
 from typing import ClassVar
@@ -32,3 +33,16 @@ def report(error: BaseException) -> int:
         return 130
     traceback.print_exception(error)
     return 1
+
+
+def missing_extra(error: ModuleNotFoundError, needed_by: str, extra: str) -> str:
+    """One line that says which extra of occ_jax installs the package that was not found.
+
+    Raises:
+        ModuleNotFoundError: `error` itself, if the package is installed and lacks a module.
+    """
+    package = (error.name or "").partition(".")[0]
+    if not package or importlib.util.find_spec(package):
+        raise error
+    extra = package if package == "wandb" else extra
+    return f"{needed_by} needs {package}: pip install 'occ_jax[{extra}]'"

@@ -1,4 +1,3 @@
-# pyright: strict
 """Tables of text: as Markdown that also lines up on a terminal, and as rich draws them."""
 
 from __future__ import annotations

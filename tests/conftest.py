@@ -1,10 +1,13 @@
-"""What holds for every test; it must run before anything imports jax.
+"""Settings of every test; they must be made before anything imports jax.
 
 Owns: eight CPU devices, shape and type checks on all of occ_jax, strict rank promotion, repeatable
 property tests. Subprocesses that a test starts inherit the environment set here, not the checks.
 """
 
+import importlib
+import importlib.util
 import os
+import typing
 
 # Appended, as the last flag of a name wins: every test can count on eight devices.
 os.environ["XLA_FLAGS"] = (
@@ -15,7 +18,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
 import jax
-import jaxtyping
 import pytest
 
 # No persistent compilation cache: tests of bit-identity must compare what was compiled here and
@@ -24,8 +26,19 @@ import pytest
 # [D] + [B, D] must be written out: a silent broadcast of ranks is the usual way to a wrong loss.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every jaxtyping annotation in occ_jax is checked at call time, dimensions and dtypes.
-jaxtyping.install_import_hook(["occ_jax"], "beartype.beartype")
+# Every jaxtyping annotation in occ_jax is checked at call time, dimensions and dtypes. `make core`
+# runs the tests of the calibration where jaxtyping is not installed.
+if importlib.util.find_spec("jaxtyping"):
+    import jaxtyping
+
+    jaxtyping.install_import_hook(["occ_jax"], "beartype.beartype")
+    # The calibration imports jaxtyping for type checkers only; a test run is one of them. Modules
+    # for which that would be wrong are imported before.
+    for module in ("beartype", "optax", "occ_jax"):
+        importlib.import_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typing, "TYPE_CHECKING", True)
+        importlib.import_module("occ_jax.calibration")
 
 # The same examples on every machine; no deadline, as the first example includes compilation.
 hypothesis.settings.register_profile("occ_jax", derandomize=True, deadline=None, max_examples=30)

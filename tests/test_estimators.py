@@ -1,6 +1,7 @@
 """The estimators of c and G: their definitions, their bias, and numbers by hand."""
 
 import doctest
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,8 @@ def test_no_gradient_flows_through_a_measurement():
 
 def test_arrays_that_do_not_line_up_are_refused(monkeypatch):
     # Without the checks of shapes that this test suite puts on every call.
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    if "jaxtyping" in sys.modules:
+        monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     delta, auxiliary = jnp.ones((2, 3)), jnp.ones((2, 2, 3))
     with pytest.raises(ValueError, match=r"auxiliary_delta must be .* got \(2, 2, 2\)"):
         log_prob_statistics(delta, auxiliary[..., 1:], delta)
@@ -189,4 +191,4 @@ def test_released_coefficient_counts_padding_and_is_ruled_by_one_small_token():
 
 def test_the_examples_in_the_documentation_run():
     results = doctest.testmod(occ_jax.calibration.estimators)
-    assert results.failed == 0 and results.attempted >= 3
+    assert results.failed == 0 and results.attempted >= 9

@@ -1,19 +1,23 @@
-# pyright: strict
-"""Other measurements of c = <g, h_k> and G = <h_k, h_l> than inner products of one batch.
+"""Ways to measure c = <g, h_k> and G = <h_k, h_l> other than inner products of one batch.
 
-Owns three: across micro-batches, which removes the bias that gradients of the same samples share;
-from log-probabilities, which needs no auxiliary gradient at all; and the coefficient of the
-authors' released code, kept for reproduction. Leaves to `occ_jax.calibration` what is computed
-from them and averaged over steps, and to the training step which one is taken and how often.
+Owns three: `cross_batch_statistics` removes the bias of gradients that come from the same samples;
+`log_prob_statistics` needs no auxiliary gradient; `released_code_coefficient` is the rule of the
+paper's released code, kept for reproduction. Leaves λ and the averages over steps to
+`occ_jax.calibration.transform`, and the choice of a measurement to the training step.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
 
 from occ_jax.calibration.transform import Statistics, inner_product_statistics
+
+# Only type checkers read the shapes: the calibration runs where jax and optax alone are installed.
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Shaped
 
 
 def cross_batch_statistics(
@@ -22,38 +26,38 @@ def cross_batch_statistics(
     within: Float[Array, "K"],
     num_micro_batches: int,
 ) -> Statistics:
-    r"""Measures c between different micro-batches, and G of the step that is really taken.
+    r"""Measures c between different micro-batches, and G of the mean over all of them.
 
     .. math:: c_k = \frac{\langle \sum_m g_m, \sum_m h_{mk} \rangle - \mathrm{within}_k}{M (M - 1)},
       \qquad G_{kl} = \frac{\langle \sum_m h_{mk}, \sum_m h_{ml} \rangle}{M^2}
 
-    The first is the mean of :math:`\langle g_m, h_{nk} \rangle` over :math:`m \ne n`. The noise of
-    g and of h on the same samples is correlated, so the plain inner product of their means exceeds
-    :math:`\langle E g, E h \rangle` by :math:`\operatorname{tr} \operatorname{Cov}(g, h) / M`;
-    between independent micro-batches that term is absent and c is unbiased. It stays in G on
-    purpose: the penalty is paid for the step taken, noise included. Memory beyond the two sums is
-    one number per module.
+    c is the mean of :math:`\langle g_m, h_{nk} \rangle` over :math:`m \ne n`. On the same samples
+    the noise of g and the noise of h are correlated, so the inner product of their means exceeds
+    :math:`\langle E g, E h \rangle` by :math:`\operatorname{tr} \operatorname{Cov}(g, h) / M`.
+    Between independent micro-batches that term is absent and c is unbiased. G keeps its noise on
+    purpose: the step that is taken contains it, so the penalty must count it. The method stores
+    one number per module beside the two sums.
 
     Args:
-      updates_sum: Σ_m g_m, a pytree of arrays.
-      auxiliary_sum: Σ_m h_mk, one pytree like `updates_sum` or a list or tuple of K.
-      within: Σ_m <g_m, h_mk> [K], the ``correlation`` of `inner_product_statistics` added up over
-        micro-batches; float32.
-      num_micro_batches: M, a static int, at least 2.
+        updates_sum: Σ_m g_m, a pytree of arrays.
+        auxiliary_sum: Σ_m h_mk, one pytree like `updates_sum` or a list or tuple of K.
+        within: Σ_m <g_m, h_mk> [K], float32: the sum over micro-batches of the ``correlation`` that
+            `inner_product_statistics` measures on each.
+        num_micro_batches: M, a static int, at least 2.
 
     Returns:
-      c [K] and G [K, K], float32.
+        c [K] and G [K, K], float32.
 
     Raises:
-      ValueError: for fewer than 2 micro-batches, or a `within` that is not [K].
+        ValueError: There are fewer than 2 micro-batches, or `within` is not [K].
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from occ_jax.calibration import cross_batch_statistics
-      >>> g, h = jnp.array([1.0, 3.0]), jnp.array([2.0, 4.0])  # one parameter, two micro-batches
-      >>> statistics = cross_batch_statistics(g.sum(), h.sum(), jnp.sum(g * h)[None], 2)
-      >>> statistics.correlation.tolist()  # the mean of 1 * 4 and 3 * 2
-      [5.0]
+        >>> import jax.numpy as jnp
+        >>> from occ_jax.calibration import cross_batch_statistics
+        >>> g, h = jnp.array([1.0, 3.0]), jnp.array([2.0, 4.0])  # one parameter, two micro-batches
+        >>> statistics = cross_batch_statistics(g.sum(), h.sum(), jnp.sum(g * h)[None], 2)
+        >>> statistics.correlation.tolist()  # the mean of 1 * 4 and 3 * 2
+        [5.0]
     """
     if num_micro_batches < 2:
         raise ValueError(f"num_micro_batches must be at least 2, got {num_micro_batches}")
@@ -74,32 +78,42 @@ def log_prob_statistics(
     auxiliary_delta: Float[Array, "K B T"] | Float[Array, "B T"],
     mask: Shaped[Array, "B T"] | Shaped[Array, "K B T"],
 ) -> Statistics:
-    r"""Measures both statistics in the space of log-probabilities, at no cost beyond the forward.
+    r"""Measures both statistics on log-probabilities, without any auxiliary gradient.
 
     .. math:: \hat c_k = \sum_{bt} m_k\, \delta\, \delta_k, \qquad
       \hat G_{kl} = \sum_{bt} m_k m_l\, \delta_k \delta_l
 
-    where δ is the current minus the rollout's log-probability of each sampled token. The paper puts
-    them in the place of inner products of gradients; a common factor cancels in λ. δ was caused by
-    updates on *other* mini-batches, so it does not count noise of the same samples as correlation.
-    In the first mini-batch after a rollout every δ is zero and so are both statistics: training
-    that updates once per rollout never leaves that state, and other schedules need
-    ``calibrate_auxiliary(decay=...)`` above zero to carry λ through it.
+    δ is the log-probability of each sampled token now, minus the one at the time of the rollout.
+    The paper uses these sums instead of inner products of gradients; a common factor cancels in λ.
+    Updates on *other* mini-batches caused δ, so noise of the same samples is not counted as
+    correlation. In the first mini-batch after a rollout every δ is zero, and so are both
+    statistics. A schedule with one update per rollout therefore measures nothing, and any other
+    needs ``calibrate_auxiliary(decay=...)`` above zero, which carries λ through that mini-batch.
 
     Args:
-      delta: δ of the main head [B, T], any float dtype.
-      auxiliary_delta: δ_k of each module [K, B, T], or [B, T] for one, aligned with `delta`.
-      mask: [B, T] or one per module [K, B, T]; non-zero where the token counts. What lies
-        elsewhere, NaN included, does not reach the result.
+        delta: δ of the main head [B, T], any float dtype.
+        auxiliary_delta: δ_k of each module [K, B, T], or [B, T] for one, aligned with `delta`.
+        mask: [B, T] or one per module [K, B, T]; non-zero where the token counts. Values at other
+            tokens, NaN included, do not reach the result.
 
     Returns:
-      ĉ [K] and Ĝ [K, K], float32, without gradient.
+        ĉ [K] and Ĝ [K, K], float32, without gradient.
 
     Raises:
-      ValueError: for arrays that do not line up.
+        ValueError: The shapes do not fit together.
 
-    References:
-      `arXiv 2605.28184 <https://arxiv.org/abs/2605.28184>`_, the log-probability proxy (K = 1).
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from occ_jax.calibration import log_prob_statistics, optimal_coefficient
+        >>> delta = jnp.array([[0.2, -0.1, 0.4]])  # one completion of three tokens
+        >>> auxiliary_delta = jnp.array([[0.4, -0.2, 9.0]])
+        >>> mask = jnp.array([[1, 1, 0]])  # the third token is padding
+        >>> statistics = log_prob_statistics(delta, auxiliary_delta, mask)
+        >>> [round(float(x), 2) for x in optimal_coefficient(statistics)]  # 0.1 / 0.2
+        [0.5]
+
+    Source:
+        `arXiv 2605.28184 <https://arxiv.org/abs/2605.28184>`_, the log-probability proxy (K = 1).
     """
     delta, auxiliary_delta = _as_data(delta, auxiliary_delta)
     counted = (mask if mask.ndim == 3 else mask[None]) != 0
@@ -107,7 +121,7 @@ def log_prob_statistics(
         raise ValueError(
             f"mask must be of shape {delta.shape} or {auxiliary_delta.shape}, got {mask.shape}"
         )
-    # Zeros go in before the product: what a padded position holds may be NaN, and 0 * NaN is NaN.
+    # Zeros go in before the product: padding may hold NaN, and 0 * NaN is NaN.
     counted = jnp.broadcast_to(counted, auxiliary_delta.shape)
     main = jnp.where(counted, delta[None], 0.0)
     auxiliary = jnp.where(counted, auxiliary_delta, 0.0)
@@ -123,30 +137,30 @@ def released_code_coefficient(
     auxiliary_delta: Float[Array, "K B T"] | Float[Array, "B T"],
     factor: float = 0.1,
 ) -> Float[Array, "K"]:
-    r"""Computes λ as the released code of the paper does; for reproduction, not for use.
+    r"""Computes λ as the paper's released code does; for reproduction, not for use.
 
     .. math:: \lambda_k = \frac{\mathrm{factor}}{K}\; \frac{1}{B T}
       \sum_{bt} \frac{\delta_k\, \delta}{\delta_k^2 + 10^{-8}}
 
-    Not the default, for three reasons. It is a mean of ratios and not a ratio of sums: a token
-    whose δ_k is near 1e-4 outweighs all others, by up to 5e3 times its δ, so the mean has heavy
-    tails. It averages over all positions, so λ shrinks as the share of padding grows, and takes in
-    whatever padding holds. And it is one micro-batch's alone, neither averaged nor bounded.
+    It is not the default, for three reasons. It is a mean of ratios and not a ratio of sums: a
+    token whose δ_k is near 1e-4 counts for up to 5e3 times its δ and outweighs all others. It
+    averages over all positions, so λ shrinks as the share of padding grows, and values in padding
+    count. It uses one micro-batch alone, and is neither averaged over steps nor bounded.
 
     Args:
-      delta: δ of the main head [B, T].
-      auxiliary_delta: [K, B, T], or [B, T] for one module. In the released code the module's
-        log-probability minus the *main* head's old one.
-      factor: Multiplies the mean.
+        delta: δ of the main head [B, T].
+        auxiliary_delta: [K, B, T], or [B, T] for one module. The released code passes the module's
+            log-probability minus the old one of the *main* head.
+        factor: Multiplies the mean.
 
     Returns:
-      λ [K], float32, without gradient.
+        λ [K], float32, without gradient.
 
     Raises:
-      ValueError: for arrays that do not line up.
+        ValueError: The shapes do not fit together.
 
-    References:
-      The public code to `arXiv 2605.28184 <https://arxiv.org/abs/2605.28184>`_.
+    Source:
+        The public code of `arXiv 2605.28184 <https://arxiv.org/abs/2605.28184>`_.
     """
     delta, auxiliary_delta = _as_data(delta, auxiliary_delta)
     ratio = auxiliary_delta * delta[None] / (jnp.square(auxiliary_delta) + 1e-8)

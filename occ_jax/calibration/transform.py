@@ -1,14 +1,10 @@
-# pyright: strict, reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-# (optax is untyped and jax in part; the `count` of a state hides that of tuple)
 """Calibrated auxiliary gradients: the optax transformation and the closed-form optimum behind it.
 
-Owns the weights λ of K auxiliary gradients h_k added to a main gradient g: the inner products
-they are measured by, the bound they maximise, and the optimizer state that carries them from step
-to step. Knows nothing of language models or of reinforcement learning. Other measurements of the
-same two statistics are left to `occ_jax.calibration.estimators`; clipping, preconditioning and the
-learning rate to the transformations that follow in the chain.
+Owns the weights λ of K auxiliary gradients h_k that are added to a main gradient g: the inner
+products that measure them, the bound that they maximise, and the optimizer state that carries them
+from step to step. Knows nothing of language models or reinforcement learning. Leaves other
+measurements of the same two statistics to `occ_jax.calibration.estimators`, and clipping,
+preconditioning and the learning rate to the transformations that follow in the chain.
 """
 
 import functools
@@ -24,20 +20,20 @@ import optax
 _Leaves = list[Any]  # arrays in the order of the leaves of `updates`, None where a tree has none
 _Bounds = Sequence[Any] | None  # (lo, hi)
 
-# Eigenvalues below this share of the largest are rounding noise: inner products summed in float32
-# over many parameters are good to about 1e-6, and the matrix they enter has a unit diagonal.
+# Eigenvalues below this share of the largest one are rounding noise: an inner product summed in
+# float32 over many parameters is right to about 1e-6, and the matrix has a unit diagonal.
 _RANK_TOLERANCE = 1e-5
 
 
 class Statistics(NamedTuple):
-    """What λ is computed from: of loss gradients or of ascent directions alike, signs cancel."""
+    """The two statistics that give λ, of loss gradients or of ascent directions: signs cancel."""
 
     correlation: jax.Array  # shape=[K], dtype=jnp.float32: c_k = <g, h_k>
     penalty: jax.Array  # shape=[K, K], dtype=jnp.float32: G_kl = <h_k, h_l>
 
 
 class CalibrationState(NamedTuple):
-    """State of `calibrate_auxiliary`; the EMAs are stored debiased, to be read as they are."""
+    """State of `calibrate_auxiliary`; the EMAs are stored debiased, so read them as they are."""
 
     count: jax.Array  # shape=(), dtype=jnp.int32: finite measurements so far
     coefficient: jax.Array  # shape=[K], dtype=jnp.float32: λ
@@ -49,7 +45,7 @@ class FixedAuxiliaryState(NamedTuple):
     """State of `fixed_auxiliary`."""
 
     count: jax.Array  # shape=(), dtype=jnp.int32: updates so far
-    coefficient: jax.Array  # shape=[K], dtype=jnp.float32: λ of the coming update
+    coefficient: jax.Array  # shape=[K], dtype=jnp.float32: λ of the next update
 
 
 def calibrate_auxiliary(
@@ -60,84 +56,89 @@ def calibrate_auxiliary(
     eps: Any = 1e-8,
     num_auxiliary: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds auxiliary gradients to the main one, weighted by what they do for the main loss.
+    r"""Adds auxiliary gradients to the main one, each weighted by its use for the main loss.
 
-    A step along :math:`g + \sum_k \lambda_k h_k` improves on one along :math:`g` by at least an
-    amount concave in λ. With its unknown constants folded into one `scale` it is
+    A step along :math:`g + \sum_k \lambda_k h_k` is better for the main loss than a step along
+    :math:`g` by at least an amount that is concave in λ. With its unknown constants in one `scale`,
+    that bound is
 
     .. math:: \Delta(\lambda) = \mathrm{scale}\; c^\top \lambda - \tfrac12 \lambda^\top G \lambda,
       \qquad c_k = \langle g, h_k \rangle, \quad G_{kl} = \langle h_k, h_l \rangle,
 
-    and greatest at :math:`\lambda^* = \mathrm{scale}\,(G + \epsilon I)^{-1} c`; for K = 1 that is
-    :math:`\mathrm{scale}\, c / (\|h\|^2 + \epsilon)`. A negative λ turns a harmful direction
-    around. The update emitted is :math:`g + \sum_k \lambda^*_k h_k`, in the dtype of :math:`g`.
+    and its maximum is at :math:`\lambda^* = \mathrm{scale}\,(G + \epsilon I)^{-1} c`; for K = 1
+    this is :math:`\mathrm{scale}\, c / (\|h\|^2 + \epsilon)`. A negative λ reverses a harmful
+    direction. The result is :math:`g + \sum_k \lambda^*_k h_k`, in the dtype of :math:`g`.
 
-    The update function takes two optional keywords and ignores any others:
+    The update function takes two optional keywords and ignores all others:
 
     * ``auxiliary_updates``: one pytree like ``updates`` (K = 1), or a list or tuple of K of them.
       ``None`` in place of a leaf or a subtree marks parameters this auxiliary loss does not share.
-    * ``statistics``: a :class:`Statistics` from elsewhere, to replace the inner products of the
-      two. Without ``auxiliary_updates`` it only advances λ: a step with a single backward pass
-      reads λ first, puts it into its loss, and reports the measurement here.
+    * ``statistics``: a :class:`Statistics` of your own that replaces the inner products. Without
+      ``auxiliary_updates`` it only advances λ: a step with a single backward pass reads λ first,
+      multiplies its auxiliary loss by it, and passes the measurement here.
 
-    With neither nothing was measured, and updates and state pass through. A measurement that is
-    not finite leaves the state as it was, and the step gets nothing from the auxiliary gradients.
-    Inside a chain read λ by ``optax.tree_utils.tree_get(opt_state, "coefficient")``.
-    When gradients are accumulated over micro-batches, add up both before the update:
-    ``optax.MultiSteps`` would add up ``updates`` only.
+    Without both, updates and state pass through unchanged. A measurement that is not finite leaves
+    the state as it was, and the step gets nothing from the auxiliary gradients.
+
+    Put it first in a chain: after clipping or preconditioning, c no longer describes the losses.
+    Read λ from the state of a chain by ``optax.tree_utils.tree_get(opt_state, "coefficient")``.
+    To accumulate gradients over micro-batches, add up both kinds before the update:
+    ``optax.MultiSteps`` adds up ``updates`` only.
 
     Args:
-      scale: Positive factor on λ. 1 fits one step size only: the larger the step, the smaller.
-      decay: EMA decay of c and of G, in [0, 1). At 0 each measurement stands alone.
-      bounds: Smallest and largest λ, either may be infinite. For K > 1 λ maximises the bound
-        inside the box, which is not the unconstrained maximiser clipped.
-      eps: Positive regulariser of G, in units of a squared gradient norm.
-      num_auxiliary: K, a static int. With ``None`` the state starts with K = 1, and the first
-        update that brings another K starts it afresh with that one: new shapes, so one retrace.
-        Pass K > 1 inside ``lax.scan``, and in ``static_args`` of ``optax.inject_hyperparams``.
+        scale: Positive factor on λ. The value 1 fits one step size; a larger step needs a smaller
+            factor.
+        decay: Decay of the EMAs of c and G, in [0, 1). With 0, λ comes from one measurement alone.
+        bounds: Smallest and largest λ; either may be infinite. For K > 1, λ maximises the bound
+            inside the box, which is not the same as clipping the unconstrained maximiser.
+        eps: Positive regulariser of G, in units of a squared gradient norm.
+        num_auxiliary: K, a static int. With ``None`` the state starts with K = 1, and the first
+            update with another K replaces it by a new one: new shapes, so one retrace. Pass K > 1
+            inside ``lax.scan``, for a state to be restored from a checkpoint, and in
+            ``static_args`` of ``optax.inject_hyperparams``.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with a :class:`CalibrationState`.
+        A :class:`optax.GradientTransformationExtraArgs` with a :class:`CalibrationState`.
 
     Raises:
-      ValueError: for an argument out of range; on update, for auxiliary gradients or statistics
-        whose structure, shapes or number do not fit.
+        ValueError: An argument is out of range; on update, auxiliary gradients or statistics have a
+            structure, shapes or a number that does not fit.
 
     Example:
-      Both losses pull ``w[0]`` to 1; about ``w[1]`` they disagree. The auxiliary gradient counts
-      in full while it agrees with the main one, and is gone when it no longer does.
+        Both losses pull ``w[0]`` to 1, but they disagree about ``w[1]``. The auxiliary gradient
+        counts in full while it agrees with the main one, and no longer when it does not.
 
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from occ_jax.calibration import calibrate_auxiliary
-      >>> def main_loss(w):
-      ...     return 0.5 * jnp.sum((w - jnp.array([1.0, 2.0])) ** 2)
-      >>> def auxiliary_loss(w):
-      ...     return 0.5 * jnp.sum((w - jnp.array([1.0, 0.0])) ** 2)
-      >>> calibration = calibrate_auxiliary(bounds=(0.0, 1.0))
-      >>> tx = optax.chain(calibration, optax.clip_by_global_norm(10.0), optax.sgd(0.1))
-      >>> @jax.jit
-      ... def step(w, state):
-      ...     g, h = jax.grad(main_loss)(w), jax.grad(auxiliary_loss)(w)
-      ...     updates, state = tx.update(g, state, w, auxiliary_updates=h)
-      ...     return optax.apply_updates(w, updates), state
-      >>> w = jnp.zeros(2)
-      >>> state = tx.init(w)
-      >>> for t in range(4):
-      ...     w, state = step(w, state)
-      ...     coefficient = optax.tree_utils.tree_get(state, "coefficient")
-      ...     print(t, round(float(coefficient[0]), 2))
-      0 1.0
-      1 0.41
-      2 0.0
-      3 0.0
-      >>> for t in range(100):
-      ...     w, state = step(w, state)
-      >>> [round(float(x), 2) for x in w]
-      [1.0, 2.0]
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from occ_jax.calibration import calibrate_auxiliary
+        >>> def main_loss(w):
+        ...     return 0.5 * jnp.sum((w - jnp.array([1.0, 2.0])) ** 2)
+        >>> def auxiliary_loss(w):
+        ...     return 0.5 * jnp.sum((w - jnp.array([1.0, 0.0])) ** 2)
+        >>> calibration = calibrate_auxiliary(bounds=(0.0, 1.0))
+        >>> tx = optax.chain(calibration, optax.clip_by_global_norm(10.0), optax.sgd(0.1))
+        >>> @jax.jit
+        ... def step(w, state):
+        ...     g, h = jax.grad(main_loss)(w), jax.grad(auxiliary_loss)(w)
+        ...     updates, state = tx.update(g, state, w, auxiliary_updates=h)
+        ...     return optax.apply_updates(w, updates), state
+        >>> w = jnp.zeros(2)
+        >>> state = tx.init(w)
+        >>> for t in range(4):
+        ...     w, state = step(w, state)
+        ...     coefficient = optax.tree_utils.tree_get(state, "coefficient")
+        ...     print(t, round(float(coefficient[0]), 2))
+        0 1.0
+        1 0.41
+        2 0.0
+        3 0.0
+        >>> for t in range(100):
+        ...     w, state = step(w, state)
+        >>> [round(float(x), 2) for x in w]
+        [1.0, 2.0]
 
-    References:
-      Joint Training of Multi-Token Prediction in Reinforcement Learning via Optimal Coefficient
-      Calibration, `arXiv 2605.28184 <https://arxiv.org/abs/2605.28184>`_ (K = 1).
+    Source:
+        Joint Training of Multi-Token Prediction in Reinforcement Learning via Optimal Coefficient
+        Calibration, `arXiv 2605.28184 <https://arxiv.org/abs/2605.28184>`_ (K = 1).
     """
     _check(scale, decay, bounds, eps, num_auxiliary)
     optimum = functools.partial(optimal_coefficient, scale=scale, eps=eps, bounds=bounds)
@@ -148,7 +149,7 @@ def calibrate_auxiliary(
         return CalibrationState(jnp.zeros((), jnp.int32), *floats)
 
     def init_fn(params: Any) -> CalibrationState:
-        del params  # neither their values nor their shapes matter
+        del params  # the state depends on neither their values nor their shapes
         return fresh(1 if num_auxiliary is None else num_auxiliary)
 
     def update_fn(
@@ -181,32 +182,33 @@ def calibrate_auxiliary(
 def fixed_auxiliary(
     coefficient: Any, *, num_auxiliary: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds auxiliary gradients with weights set beforehand: :math:`g + \sum_k \lambda_k h_k`.
+    r"""Adds auxiliary gradients with given weights: :math:`g + \sum_k \lambda_k h_k`.
 
-    The baseline to `calibrate_auxiliary`, with its update signature; ``statistics`` are ignored.
-    Every update counts, also one without ``auxiliary_updates``, which passes ``updates`` through.
-    The state holds λ of the *coming* update, for steps that put it into their loss.
+    This is the baseline for `calibrate_auxiliary`, with the same update signature; it ignores
+    ``statistics``. Every update counts, also one without ``auxiliary_updates``, which passes
+    ``updates`` through. The state holds λ of the *next* update, for steps that multiply their
+    auxiliary loss by it.
 
     Args:
-      coefficient: One finite number for all h_k, a sequence of K, or an optax schedule that gives
-        either for the number of updates so far.
-      num_auxiliary: K; to be passed where one number serves K > 1 inside ``lax.scan``.
+        coefficient: One finite number for all h_k, a sequence of K, or an optax schedule that
+            returns either for the number of updates so far.
+        num_auxiliary: K, a static int; needed inside ``lax.scan`` if one number serves K > 1.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with a :class:`FixedAuxiliaryState`.
+        A :class:`optax.GradientTransformationExtraArgs` with a :class:`FixedAuxiliaryState`.
 
     Raises:
-      ValueError: for weights that are not finite or not K; on update, for auxiliary gradients
-        whose structure, shapes or number do not fit.
+        ValueError: Weights are not finite or not K; on update, auxiliary gradients have a
+            structure, shapes or a number that does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from occ_jax.calibration import fixed_auxiliary
-      >>> tx = fixed_auxiliary(0.5)
-      >>> g, h = jnp.array([1.0, 2.0]), jnp.array([4.0, -2.0])
-      >>> updates, state = tx.update(g, tx.init(g), auxiliary_updates=h)
-      >>> updates.tolist()
-      [3.0, 1.0]
+        >>> import jax.numpy as jnp
+        >>> from occ_jax.calibration import fixed_auxiliary
+        >>> tx = fixed_auxiliary(0.5)
+        >>> g, h = jnp.array([1.0, 2.0]), jnp.array([4.0, -2.0])
+        >>> updates, state = tx.update(g, tx.init(g), auxiliary_updates=h)
+        >>> updates.tolist()
+        [3.0, 1.0]
     """
     _check(num_auxiliary=num_auxiliary)
     is_sequence = isinstance(coefficient, (list, tuple))
@@ -256,29 +258,29 @@ def optimal_coefficient(
     .. math:: \lambda^* = \arg\max_{lo \le \lambda \le hi}
       \mathrm{scale}\; c^\top \lambda - \tfrac12 \lambda^\top (G + \epsilon I) \lambda
 
-    Where linearly dependent h_k leave a choice, and no bounds, it is the λ with the least
-    :math:`\sum_k \lambda_k^2 (\|h_k\|^2 + \epsilon)`.
+    Linearly dependent h_k have more than one maximiser. Without bounds the result is the one with
+    the least :math:`\sum_k \lambda_k^2 (\|h_k\|^2 + \epsilon)`.
 
     Args:
-      statistics: c [K] and G [K, K], float32; G symmetric, positive semi-definite.
-      scale: Positive factor on c.
-      eps: Positive regulariser of G.
-      bounds: Smallest and largest λ, either may be infinite.
+        statistics: c [K] and G [K, K], float32; G symmetric, positive semi-definite.
+        scale: Positive factor on c.
+        eps: Positive regulariser of G.
+        bounds: Smallest and largest λ; either may be infinite.
 
     Returns:
-      λ [K], float32.
+        λ [K], float32.
 
     Raises:
-      ValueError: for an argument out of range or statistics of other shapes.
+        ValueError: An argument is out of range, or the statistics have other shapes.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from occ_jax.calibration import Statistics, optimal_coefficient
-      >>> statistics = Statistics(jnp.array([3.0, 2.5]), jnp.array([[2.0, 1.0], [1.0, 1.0]]))
-      >>> [round(float(x), 2) for x in optimal_coefficient(statistics)]
-      [0.5, 2.0]
-      >>> [round(float(x), 2) for x in optimal_coefficient(statistics, bounds=(0.0, 1.5))]
-      [0.75, 1.5]
+        >>> import jax.numpy as jnp
+        >>> from occ_jax.calibration import Statistics, optimal_coefficient
+        >>> statistics = Statistics(jnp.array([3.0, 2.5]), jnp.array([[2.0, 1.0], [1.0, 1.0]]))
+        >>> [round(float(x), 2) for x in optimal_coefficient(statistics)]
+        [0.5, 2.0]
+        >>> [round(float(x), 2) for x in optimal_coefficient(statistics, bounds=(0.0, 1.5))]
+        [0.75, 1.5]
     """
     _check(scale=scale, eps=eps, bounds=bounds)
     correlation, penalty = _validate(statistics)
@@ -287,9 +289,9 @@ def optimal_coefficient(
     k = correlation.shape[0]
     if k == 1:
         return jnp.clip(correlation / (penalty[0] + eps), lo, hi)
-    # In units of each h_k's own length the matrix has a unit diagonal. Modules whose gradients
-    # differ in size by orders of magnitude then do not look linearly dependent to float32, and
-    # rescaling one auxiliary loss rescales its own λ and nothing else.
+    # In units of the length of each h_k the matrix has a unit diagonal. Then float32 does not take
+    # gradients that differ in size by orders of magnitude for linearly dependent ones, and scaling
+    # one auxiliary loss scales its own λ and nothing else.
     length = jnp.sqrt(jnp.diagonal(penalty) + eps)
     matrix = (penalty + eps * jnp.eye(k, dtype=jnp.float32)) / (length[:, None] * length[None, :])
     if bounds is None:
@@ -301,14 +303,14 @@ def inner_product_statistics(updates: Any, auxiliary_updates: Any) -> Statistics
     r"""Measures :math:`c_k = \langle g, h_k\rangle` and :math:`G_{kl} = \langle h_k, h_l\rangle`.
 
     Args:
-      updates: Main gradient g, a pytree of arrays of any float dtype.
-      auxiliary_updates: One pytree like `updates` or a list or tuple of K; None counts as zeros.
+        updates: Main gradient g, a pytree of arrays of any float dtype.
+        auxiliary_updates: One pytree like `updates`, or a list or tuple of K; None counts as zeros.
 
     Returns:
-      c [K] and G [K, K], float32, replicated whatever the sharding of the gradients.
+        c [K] and G [K, K], float32, replicated for every sharding of the gradients.
 
     Raises:
-      ValueError: for a tree that does not fit `updates`.
+        ValueError: A tree does not fit `updates`.
     """
     return _measure(updates, _align(auxiliary_updates, updates))
 
@@ -321,21 +323,21 @@ def _advance(
 ) -> tuple[CalibrationState, jax.Array]:
     """Returns the state after one measurement, and whether it was finite and so counted."""
     measured = _is_finite(statistics.correlation) & _is_finite(statistics.penalty)
-    # The debiased EMA obeys d_t = d_{t-1} + w_t (x - d_{t-1}) with w_t = (1 - β)/(1 - β^t). As a
-    # mixture it is x to the last bit where w is 1: for the first measurement, and always for β = 0.
+    # The debiased EMA is d_t = d_{t-1} + w_t (x - d_{t-1}) with w_t = (1 - β)/(1 - β^t). Written as
+    # a mixture it is exactly x where w is 1: for the first measurement, and always for β = 0.
     decay = jnp.float32(decay)
     steps = state.count.astype(jnp.float32) + 1.0
     weight = (1.0 - decay) / -jnp.expm1(steps * jnp.log(decay))
     weight = jnp.where(state.count == 0, 1.0, weight)
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        # What is not finite is thrown away below; zeros keep it from the solver.
+        # A measurement that is not finite is dropped below; zeros keep it out of the solver.
         return (1.0 - weight) * old + weight * jnp.where(measured, new, 0.0)
 
-    # λ is the ratio of the EMAs, not the EMA of the ratio. A ratio of averages weighs measurements
-    # by how much they saw. One with c = G = 0, such as the log-prob proxy's in the first mini-batch
-    # after a rollout, shrinks both alike and leaves λ where it was; an average of ratios would
-    # take its 0/ε as a vote for λ = 0, and the wild ratio of a nearly empty one at face value.
+    # λ is the ratio of the EMAs, not the EMA of the ratio, so a measurement counts by its size. One
+    # with c = G = 0, such as that of `log_prob_statistics` in the first mini-batch after a rollout,
+    # shrinks both EMAs alike and leaves λ unchanged. An average of ratios would count its 0/ε as
+    # λ = 0, and would give the noisy ratio of a small measurement the same weight as all others.
     correlation = average(state.correlation, statistics.correlation)
     penalty = average(state.penalty, statistics.penalty)
     coefficient = optimum(Statistics(correlation, penalty))
@@ -347,8 +349,8 @@ def _advance(
 
 def _solve(matrix: jax.Array, target: jax.Array) -> jax.Array:
     """Returns the minimum-norm solution for a positive semi-definite matrix [K, K]."""
-    # Not a Cholesky solve: linearly dependent h_k make G singular, and float32 cannot see an ε of
-    # 1e-8 next to it. Along the directions dropped Σ_k λ_k h_k is zero, so nothing is lost.
+    # Not a Cholesky solve: linearly dependent h_k make G singular, and in float32 an ε of 1e-8
+    # does not change it. Σ_k λ_k h_k is zero along the dropped directions, so nothing is lost.
     values, vectors = jnp.linalg.eigh(matrix)
     keep = values > _RANK_TOLERANCE * values[-1]
     inverse = jnp.where(keep, 1.0 / jnp.where(keep, values, 1.0), 0.0)
@@ -360,10 +362,10 @@ def _maximise_in_box(
 ) -> jax.Array:
     """Maximises targetᵀμ - ½ μᵀ matrix μ over lo ≤ λ ≤ hi, where μ = length * λ; returns λ."""
     # The maximiser of a concave quadratic over a box is stationary in its free components and has
-    # the others at a bound, so trying every choice of free, low and high is exact. That is 3^K
-    # systems of size K: nothing for the few heads there are, and free of the branches and the
-    # tolerance of an iterative solver. Linear dependence among free components does no harm: one
-    # can slide along it, the bound unchanged, to a maximiser with one more of them held.
+    # the others at a bound, so trying every choice of free, low and high is exact. That makes 3^K
+    # systems of size K: cheap for a few modules, and without the branches and the tolerance of an
+    # iterative solver. Linearly dependent free components do no harm: along the dependence the
+    # bound is constant, and it leads to a maximiser with one more component at its bound.
     k = target.shape[0]
     choices = jnp.indices((3,) * k).reshape(k, -1).T  # [3^K, K]: 0 free, 1 low, 2 high
 
@@ -385,7 +387,7 @@ def _maximise_in_box(
 
 
 def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    # A dot would round to bfloat16 on a TPU unless told otherwise; K is too small to care.
+    # A dot rounds to bfloat16 on a TPU by default; K is too small for speed to matter.
     return jnp.sum(matrix * vector[None, :], axis=-1)
 
 
@@ -417,7 +419,7 @@ def _combine(updates: Any, trees: list[_Leaves], coefficient: jax.Array) -> Any:
         for weight, h in zip(coefficient, shared, strict=True):
             if h is not None:
                 # The weight is float32, so narrower leaves are added up in float32 and rounded once
-                # at the end. Where, because a weight of zero must keep out a NaN in h.
+                # at the end. The `where` keeps a NaN in h out if its weight is zero.
                 total = jnp.where(weight != 0.0, total + weight * h, total)
         return total.astype(jnp.result_type(g))
 
@@ -426,10 +428,10 @@ def _combine(updates: Any, trees: list[_Leaves], coefficient: jax.Array) -> Any:
 
 def _align(auxiliary_updates: Any, updates: Any) -> list[_Leaves]:
     """Returns, for each of the K auxiliary trees, its leaves in the order of those of `updates`."""
-    # What has the structure of `updates` is one tree, even a list or tuple where `updates` is one.
-    alone = _leaves_like(auxiliary_updates, updates)
-    if alone is not None:
-        return [alone]
+    # A tree with the structure of `updates` is one tree, also if both are a list or a tuple.
+    single = _leaves_like(auxiliary_updates, updates)
+    if single is not None:
+        return [single]
     is_sequence = isinstance(auxiliary_updates, (list, tuple))
     sequence = cast(Sequence[Any], auxiliary_updates if is_sequence else [auxiliary_updates])
     trees = [leaves for tree in sequence if (leaves := _leaves_like(tree, updates)) is not None]
@@ -486,7 +488,7 @@ def _check(
     eps: Any = 1.0,
     num_auxiliary: Any = None,
 ) -> None:
-    # Of plain numbers only: under `optax.inject_hyperparams` the arguments may be traced.
+    # Plain numbers only: under `optax.inject_hyperparams` the arguments may be traced.
     for name, value in (("scale", scale), ("eps", eps)):
         if isinstance(value, numbers.Real) and not 0.0 < float(value) < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from occ_jax import __version__
 from occ_jax.cli import commands
-from occ_jax.cli.config_file import load_config
+from occ_jax.cli.config_file import load_config, program
 from occ_jax.cli.runtime import keep_freed_memory
 from occ_jax.data.answers import KINDS
-from occ_jax.errors import UserError, report
+from occ_jax.errors import UserError, missing_extra, report
 from occ_jax.parallel import processes
 
 _OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
@@ -42,16 +43,20 @@ class _Help(argparse.Action):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the process's exit status, 1 for a plan that does not fit."""
-    keep_freed_memory()
     try:
-        return _parse(list(arguments))() or 0
+        command = _parse(list(arguments))
+        keep_freed_memory()
+        return command() or 0
+    except ModuleNotFoundError as error:
+        return report(UserError(missing_extra(error, "this command", "train")))
     except (UserError, KeyboardInterrupt) as error:
         return report(error)
 
 
 def _parse(arguments: list[str]) -> Callable[[], int | None]:
     """What the arguments ask for, checked and ready to run."""
-    parser = _Parser(prog="run.py", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog=program(), description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"occ_jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def add(name: str, run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
@@ -64,7 +69,11 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
             add_help=False,
         )
         sub.add_argument("-h", "--help", nargs=0, action=_Help, help="this; after CONFIG, fields")
-        sub.add_argument("config", metavar="CONFIG", help="a Python file with get_config()")
+        sub.add_argument(
+            "config",
+            metavar="CONFIG",
+            help="a file with get_config(), or a shipped config's name",
+        )
         sub.set_defaults(run=run)
         return sub
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import difflib
 import io
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -23,14 +25,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Runs a config file's `get_config()` and applies command-line overrides.
 
     Args:
-        path: a Python file that defines `get_config() -> Config`.
+        path: a Python file that defines `get_config() -> Config`, or the name of a config that
+            comes with occ_jax, such as "reverse_digits".
         overrides: such as ["--optimizer.learning-rate", "3e-6"].
 
     Raises:
         UserError: no such file, no `get_config`, an unknown field, a value that is not allowed.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no config file {path}")
+    path = _find(path)
     with _errors_of(path):
         get_config = runpy.run_path(path).get("get_config")
     if not callable(get_config):
@@ -49,7 +51,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
                 Config,
                 default=config,
                 args=list(overrides),
-                prog=f"run.py COMMAND {path}",
+                prog=f"{program()} COMMAND {path}",
                 # A part of a model is there or not as the config file says; its fields can change.
                 config=(tyro.conf.AvoidSubcommands,),
             )
@@ -64,9 +66,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def program() -> str:
+    """Name of the command line as the user typed it."""
+    started = Path(sys.argv[0])
+    if started.name == "run.py":
+        return "run.py"
+    return "python -m occ_jax" if started.parts[-2:] == ("occ_jax", "__main__.py") else "occ-jax"
+
+
+def _find(config: str) -> str:
+    """Path of a config file, given by its path or by the name of one that comes with occ_jax."""
+    if Path(config).is_file():
+        return config
+    if config.endswith(".py") or Path(config).name != config:
+        raise UserError(f"no config file {config}")
+    installed, repository = (folder / "configs" for folder in Path(__file__).parents[1:3])
+    folder = installed if installed.is_dir() else repository
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    if config not in names:
+        similar = difflib.get_close_matches(config, names, 1)
+        suggestion = f"did you mean {similar[0]}? " if similar else ""
+        raise UserError(f"no config {config}; {suggestion}occ_jax has {', '.join(names)}")
+    return str(folder / f"{config}.py")
+
+
 @contextlib.contextmanager
 def _errors_of(path: str) -> Generator[None]:
-    """What a config file raises, as one line that names the file and where in it."""
+    """Runs a config file's code: its errors become one line that names the file and the line.
+
+    Meanwhile the file can import others of its folder, which hide no module from elsewhere.
+    """
+    folder = str(Path(path).resolve().parent)
+    sys.path.append(folder)
     try:
         yield
     except UserError:
@@ -78,6 +109,8 @@ def _errors_of(path: str) -> Generator[None]:
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
 
 
 def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:

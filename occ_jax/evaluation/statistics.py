@@ -1,4 +1,3 @@
-# pyright: strict
 """Statistics of repeated answers to questions: pass@k, maj@k, intervals, paired differences.
 
 Pure functions on NumPy arrays. An evaluation set is a sample of questions, so every interval is

@@ -1,4 +1,3 @@
-# pyright: strict
 """Functions of logits: log-probabilities of tokens, entropies, cross-entropies."""
 
 import jax

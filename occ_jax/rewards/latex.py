@@ -1,4 +1,3 @@
-# pyright: strict
 r"""LaTeX as text: finds a completion's final answer and rewrites it unambiguously.
 
 Works on strings alone; leaves parsing and equality to `occ_jax.rewards.symbolic`. It is needed

@@ -1,4 +1,3 @@
-# pyright: strict
 """Shaping of scores between the verifier and the advantages: length penalty, group filter.
 
 Host code on NumPy: it runs between sampling and the update, when dynamic sampling decides whether

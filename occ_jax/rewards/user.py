@@ -1,4 +1,3 @@
-# pyright: strict
 """Reward functions of users: import by the name in the config, and calls in verifier processes.
 
     def score(completion: str, answer: str, record: Mapping[str, Any]) -> float: ...

@@ -1,4 +1,3 @@
-# pyright: strict
 """Verifiers that compare text: the part they read, its normalisation, and equality.
 
 Every verifier is a pure function `(completion, answer) -> Verdict` on strings, without JAX and

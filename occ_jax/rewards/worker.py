@@ -1,4 +1,3 @@
-# pyright: strict
 """A verifier process: reads completions from a socket and answers each with a verdict.
 
 It must not load JAX, so this module imports nothing that does. `occ_jax.rewards.pool` starts it and

@@ -1,4 +1,3 @@
-# pyright: strict
 """Advantages: the reward of each completion relative to the other completions of its prompt.
 
 Owns the group baselines. Leaves rewards and their shaping to `occ_jax.rewards`, and the use of one

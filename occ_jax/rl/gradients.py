@@ -1,6 +1,3 @@
-# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
 """Gradients of one mini-batch, and what the estimators need of them.
 
 One forward pass through the trunk, always. With λ known beforehand (fixed, or of an earlier update)

@@ -1,4 +1,3 @@
-# pyright: strict
 """Losses on the log-probabilities of sampled tokens, each as an unreduced sum and its denominator.
 
 Owns the three policy losses, cross-entropy, the KL penalty, rollout correction and the ways tokens

@@ -1,6 +1,3 @@
-# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
 """Losses of the main head and of the modules, and the metrics of each.
 
 Everything here is a function of states or of log-probabilities; `gradients` decides where gradients

@@ -1,6 +1,3 @@
-# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
 """The optax chains: calibration -> clip -> adamw for the trunk, clip -> adamw for the modules.
 
 Two chains, because one global norm over both would let the modules' gradient scale the trunk's

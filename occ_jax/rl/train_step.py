@@ -1,6 +1,3 @@
-# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false
 """One update: gradients, statistics, calibration, optimizer, metrics. Pure.
 
     forward -> losses (sum, denominator) -> gradients g, h_k -> statistics (c, G)
