@@ -1,4 +1,4 @@
-"""train, compare, evaluate, generate, plan, prepare, convert: arguments in, exit status out.
+"""The command line: arguments in, exit status out.
 
 A user's mistake becomes one line on standard error and status 2, before any compute is spent.
 """
@@ -22,7 +22,8 @@ from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError, missing_extra, report
 from occ_jax.parallel import processes
 
-_OVERRIDES = "[--section.field VALUE ...]  overrides the config; CONFIG --help lists the fields"
+_DESCRIPTION = "Reinforcement learning of language models that keep their MTP modules."
+_OVERRIDES = "--section.field VALUE overrides a field of the config; CONFIG --help lists all fields"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,53 +55,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> Callable[[], int | None]:
-    """What the arguments ask for, checked and ready to run."""
-    parser = _Parser(prog=program(), description=__doc__, allow_abbrev=False)
+    """The command that the arguments ask for, checked and ready to run."""
+    parser = _Parser(prog=program(), description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"occ_jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    def add(name: str, run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=_OVERRIDES,
-            allow_abbrev=False,
-            add_help=False,
-        )
-        sub.add_argument("-h", "--help", nargs=0, action=_Help, help="this; after CONFIG, fields")
-        sub.add_argument(
-            "config",
-            metavar="CONFIG",
-            help="a file with get_config(), or a shipped config's name",
-        )
-        sub.set_defaults(run=run)
-        return sub
-
-    train = add("train", commands.run_train, "train, or go on with, the run in --run.directory")
-    compare = add(
-        "compare", commands.run_compare, "every regime from one starting policy: table and figures"
-    )
-    compare.add_argument("--seeds", type=_positive, default=3, help="seeds a regime (3)")
-    compare.add_argument("--exact", action="store_true", help="also occ with exact gradients")
-    evaluate = add("evaluate", commands.run_evaluate, "accuracy, exact objective and acceptance")
-    for sub in (train, evaluate):
-        _add_distributed(sub)
-    generate = add("generate", commands.run_generate, "prompts in, completions out")
-    for sub in (evaluate, generate):
-        sub.add_argument(
-            "--checkpoint",
-            required=True,
-            help="a run directory, one of its checkpoints/<step>, or a Hugging Face directory",
-        )
-    _add_evaluate(evaluate)
-    _add_generate(generate)
-    _add_machine(
-        add("plan", commands.run_plan, "whether the config fits a machine: compiled, never run")
-    )
-    _add_compare_evaluations(subparsers)
-    _add_prepare(subparsers)
-    _add_convert(subparsers)
+    for add_command in (
+        *(_add_train, _add_compare, _add_evaluate, _add_compare_evaluations),
+        *(_add_generate, _add_plan, _add_prepare, _add_convert),
+    ):
+        add_command(subparsers)
     options, rest = parser.parse_known_args(arguments)
     if any(argument.startswith(processes.FLAG) for argument in rest):
         raise UserError(
@@ -116,145 +79,151 @@ def _parse(arguments: list[str]) -> Callable[[], int | None]:
     return functools.partial(options.run, options)
 
 
-def _add_distributed(parser: argparse.ArgumentParser) -> None:
-    several = parser.add_argument_group(
-        "several processes, on one machine or many (docs/pods.md)",
-        "every process gets the same command, with its own process id",
-    )
-    several.add_argument(
-        "--distributed.auto",
-        action="store_true",
-        default=None,
-        help="use JAX's cluster detection: TPU pods, SLURM, Open MPI, Kubernetes",
-    )
-    several.add_argument(
-        "--distributed.coordinator",
-        metavar="HOST:PORT",
-        help="address that process 0 listens on (JAX_COORDINATOR_ADDRESS)",
-    )
-    several.add_argument(
-        "--distributed.num-processes", type=_positive, metavar="N", help="(JAX_NUM_PROCESSES)"
-    )
-    several.add_argument(
-        "--distributed.process-id", type=int, metavar="I", help="0 to N-1 (JAX_PROCESS_ID)"
-    )
-    several.add_argument(
-        "--distributed.initialization-timeout",
-        type=_positive,
-        metavar="SECONDS",
-        help="time in which all processes must have started (120)",
-    )
-    several.add_argument(
-        "--distributed.heartbeat-timeout",
-        type=_positive,
-        metavar="SECONDS",
-        help="time without a heartbeat after which a process counts as dead (60)",
-    )
+def _add(subparsers: Any, name: str, run: Callable[..., int | None], text: str) -> Any:
+    sub = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.set_defaults(run=run)
+    return sub
 
 
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompts", type=_positive, help="questions a set (all; of a digit task 1024)"
+def _add_with_config(subparsers: Any, name: str, run: Callable[..., int | None], text: str) -> Any:
+    """Adds a command whose first argument is a CONFIG, and whose options override its fields."""
+    sub = subparsers.add_parser(
+        name, help=text, description=text, epilog=_OVERRIDES, allow_abbrev=False, add_help=False
     )
-    parser.add_argument("--samples", type=_positive, default=16, help="completions each (16)")
-    _add_k(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="where to keep records and tables (evaluations/<step> in the run's directory)",
-    )
-    parser.add_argument(
-        "--completions", action="store_true", help="keep the completions' text in the records"
-    )
+    add = sub.add_argument
+    add("-h", "--help", nargs=0, action=_Help, help="this text; after CONFIG also its fields")
+    add("config", metavar="CONFIG", help="a file with get_config(), or a shipped config's name")
+    sub.set_defaults(run=run)
+    return sub
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt", action="append", help="a prompt such as 314159=; default: five to evaluate on"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
-    )
+def _add_train(subparsers: Any) -> None:
+    text = "train, or resume, the run in --run.directory"
+    _add_distributed(_add_with_config(subparsers, "train", commands.run_train, text))
 
 
-def _add_k(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--k", type=_positive, nargs="+", default=[], help="of pass@k and maj@k (all answers)"
-    )
+def _add_compare(subparsers: Any) -> None:
+    text = "train every regime from one starting policy; print a table, draw figures"
+    add = _add_with_config(subparsers, "compare", commands.run_compare, text).add_argument
+    add("--seeds", type=_positive, default=3, help="number of seeds a regime (3)")
+    add("--exact", action="store_true", help="include occ with exact gradients")
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    machine = parser.add_mutually_exclusive_group()
-    machine.add_argument(
-        "--topology",
-        metavar="NAME",
-        help="a TPU slice such as v5e:4x4 or v5p:4x4x8 (the first that fits of those with as many "
-        "chips as the mesh has places)",
-    )
-    machine.add_argument(
-        "--devices", type=_positive, metavar="N", help="N devices of the CPU's compiler instead"
-    )
-    parser.add_argument(
-        "--memory", type=_gib, metavar="GIB", help="memory of one of them, to compare with"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=(), metavar="PROGRAM", help="of rollout, mini-batches, update"
-    )
-    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+def _add_evaluate(subparsers: Any) -> None:
+    text = "measure a policy: accuracy, exact objective, agreement"
+    sub = _add_with_config(subparsers, "evaluate", commands.run_evaluate, text)
+    add = sub.add_argument
+    _add_checkpoint(sub)
+    add("--prompts", type=_positive, help="most questions a set (all; 1024 of a digit task)")
+    add("--samples", type=_positive, default=16, help="completions a question (16)")
+    _add_k(sub)
+    output = "directory for records and tables (evaluations/<step> in the run's directory)"
+    add("--output", type=Path, help=output)
+    add("--completions", action="store_true", help="keep the completions' text in the records")
+    _add_distributed(sub)
 
 
 def _add_compare_evaluations(subparsers: Any) -> None:
-    text = "how policy B differs from policy A, question by question, from two --output directories"
-    sub = subparsers.add_parser(
-        "compare-evaluations", help=text, description=text, allow_abbrev=False
-    )
-    sub.add_argument("a", metavar="A", type=Path, help="an evaluation's directory")
-    sub.add_argument("b", metavar="B", type=Path, help="another's, on the same questions")
+    text = "compare policy B with policy A, question by question, from two --output directories"
+    sub = _add(subparsers, "compare-evaluations", commands.run_compare_evaluations, text)
+    sub.add_argument("a", metavar="A", type=Path, help="directory of an evaluation")
+    sub.add_argument("b", metavar="B", type=Path, help="directory of another one, same questions")
     _add_k(sub)
-    sub.add_argument("--output", type=Path, help="a directory for comparison.json and .md")
-    sub.set_defaults(run=commands.run_compare_evaluations)
+    sub.add_argument("--output", type=Path, help="directory for comparison.json and .md")
+
+
+def _add_generate(subparsers: Any) -> None:
+    text = "print completions of prompts"
+    sub = _add_with_config(subparsers, "generate", commands.run_generate, text)
+    add = sub.add_argument
+    _add_checkpoint(sub)
+    add("--prompt", action="append", help="prompt, such as 314159= (five evaluation prompts)")
+    add("--temperature", type=float, default=0.0, help="0 takes the most probable token (0)")
+
+
+def _add_plan(subparsers: Any) -> None:
+    text = "check whether a run fits a machine, by compiling it ahead of time"
+    sub = _add_with_config(subparsers, "plan", commands.run_plan, text)
+    machine, add = sub.add_mutually_exclusive_group(), sub.add_argument
+    topology = "TPU slice such as v5e:4x4 or v5p:4x4x8 (the first that fits, of the mesh's size)"
+    machine.add_argument("--topology", metavar="NAME", help=topology)
+    devices = "use N devices of the CPU's compiler instead"
+    machine.add_argument("--devices", type=_positive, metavar="N", help=devices)
+    add("--memory", type=_gib, metavar="GIB", help="memory of one of the --devices")
+    only = "compile these only: rollout, mini-batches, update, evaluation"
+    add("--only", nargs="+", default=(), metavar="PROGRAM", help=only)
+    add("--json", action="store_true", help="print the plan as one JSON object")
 
 
 def _add_prepare(subparsers: Any) -> None:
     text = "check a published or own problem set and store it for training and evaluation"
-    sub = subparsers.add_parser("prepare", help=text, description=text, allow_abbrev=False)
-    sub.add_argument("name", metavar="NAME", help="a published set (docs/data.md), or a new name")
-    sub.add_argument(
-        "--source", type=Path, nargs="+", required=True, help="its files, Parquet or JSON lines"
+    sub = _add(subparsers, "prepare", commands.run_prepare, text)
+    add = sub.add_argument
+    add("name", metavar="NAME", help="a published set (docs/data.md), or a new name")
+    add("--source", type=Path, nargs="+", required=True, help="its files, Parquet or JSON lines")
+    add(
+        "--data-directory",
+        type=Path,
+        default=Path("data"),
+        help="directory of prepared sets (data)",
     )
-    sub.add_argument("--data-directory", type=Path, default=Path("data"), help="where to (data)")
-    own = sub.add_argument_group("your own data", "columns of nested fields are written a.b")
-    own.add_argument("--prompt-column", help="a problem's text, or a list of {role, content}")
-    own.add_argument("--answer-column", help="the right answer")
-    own.add_argument("--id-column", default="", help="a unique id; default: the row's number")
-    own.add_argument("--answers", choices=tuple(KINDS), help="what they must parse as (text)")
-    own.add_argument("--distinct", action="store_true", help="keep the first of equal prompts")
-    sub.add_argument(
-        "--drop-bad-rows", action="store_true", help="leave out rows whose answer does not parse"
-    )
-    sub.add_argument(
-        "--allow-row-count", action="store_true", help="take another version of a published set"
-    )
-    sub.set_defaults(run=commands.run_prepare)
+    add("--drop-bad-rows", action="store_true", help="leave out rows whose answer does not parse")
+    add("--allow-row-count", action="store_true", help="accept another version of a published set")
+    add = sub.add_argument_group("your own data", "a.b names the column b in column a").add_argument
+    add("--prompt-column", help="a problem's text, or a list of {role, content}")
+    add("--answer-column", help="the right answer")
+    add("--id-column", default="", help="a unique id (the row's number)")
+    add("--answers", choices=tuple(KINDS), help="format that answers must parse as (text)")
+    add("--distinct", action="store_true", help="keep only the first of equal prompts")
 
 
 def _add_convert(subparsers: Any) -> None:
-    text = "a Hugging Face directory to an orbax checkpoint, or a run or checkpoint back to one"
-    sub = subparsers.add_parser("convert", help=text, description=text, allow_abbrev=False)
-    sub.add_argument("source", metavar="SOURCE", type=Path, help="what there is; decides which way")
-    sub.add_argument("target", metavar="TARGET", type=Path, help="a new directory")
-    sub.add_argument(
-        "--dtype",
-        choices=("source", "bfloat16", "float32"),
-        default="source",
-        help="of the stored tensors (source: as published)",
+    text = "convert a Hugging Face directory to an orbax checkpoint, or a run or checkpoint back"
+    add = _add(subparsers, "convert", commands.run_convert, text).add_argument
+    add("source", metavar="SOURCE", type=Path, help="Hugging Face directory, run or checkpoint")
+    add("target", metavar="TARGET", type=Path, help="a new directory")
+    types = ("source", "bfloat16", "float32")
+    add("--dtype", choices=types, default="source", help="of stored tensors (as published)")
+    add(
+        "--layout", type=Path, help="the Hugging Face directory a run started from, if it has moved"
     )
-    sub.add_argument(
-        "--layout",
-        type=Path,
-        help="the Hugging Face directory a run started from, if it has moved since",
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    sources = "a run directory, one of its checkpoints/<step>, or a Hugging Face directory"
+    parser.add_argument("--checkpoint", required=True, help=sources)
+
+
+def _add_k(parser: argparse.ArgumentParser) -> None:
+    text = "k of pass@k and maj@k (the number of answers)"
+    parser.add_argument("--k", type=_positive, nargs="+", default=[], help=text)
+
+
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "several processes, on one machine or many (docs/pods.md)",
+        "every process gets the same command, with its own process id",
+    ).add_argument
+    flag, seconds = processes.FLAG, {"type": _positive, "metavar": "SECONDS"}
+    auto = "use JAX's cluster detection: TPU pods, SLURM, Open MPI, Kubernetes"
+    add(f"{flag}auto", action="store_true", default=None, help=auto)
+    coordinator = "address that process 0 listens on (JAX_COORDINATOR_ADDRESS)"
+    add(f"{flag}coordinator", metavar="HOST:PORT", help=coordinator)
+    add(
+        f"{flag}num-processes",
+        type=_positive,
+        metavar="N",
+        help="number of processes (JAX_NUM_PROCESSES)",
     )
-    sub.set_defaults(run=commands.run_convert)
+    add(
+        f"{flag}process-id",
+        type=int,
+        metavar="I",
+        help="of this process, 0 to N-1 (JAX_PROCESS_ID)",
+    )
+    add(f"{flag}initialization-timeout", **seconds, help="time for all to start (120)")
+    heartbeat = "time without a heartbeat after which a process counts as dead (60)"
+    add(f"{flag}heartbeat-timeout", **seconds, help=heartbeat)
 
 
 def _model_of(checkpoint: Path) -> list[str]:
