@@ -14,16 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from occ_jax.errors import missing_extra
+from occ_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from occ_jax import models as models
-    from occ_jax import rl as rl
+    from occ_jax import models as models, rl as rl
     from occ_jax.calibration import *  # noqa: F403
     from occ_jax.cli.config_file import load_config as load_config
     from occ_jax.config import Config as Config
     from occ_jax.training.loop import train as train
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "CalibrationState": "occ_jax.calibration",

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from occ_jax.rl import advantages, group_advantages, rloo_advantages
 

@@ -4,8 +4,7 @@ import json
 import socket
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from occ_jax.cli.arguments import main
 from occ_jax.data import answers

@@ -5,8 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from occ_jax.config import Config, RolloutConfig, RunConfig, TaskConfig
 from occ_jax.data.examples import Example, make_prompt

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from occ_jax.config import ModelConfig
 from occ_jax.data.chat import Message

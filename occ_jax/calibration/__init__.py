@@ -4,29 +4,16 @@
 """
 
 from occ_jax.calibration.estimators import (
-    cross_batch_statistics,
-    log_prob_statistics,
-    released_code_coefficient,
+    cross_batch_statistics as cross_batch_statistics,
+    log_prob_statistics as log_prob_statistics,
+    released_code_coefficient as released_code_coefficient,
 )
 from occ_jax.calibration.transform import (
-    CalibrationState,
-    FixedAuxiliaryState,
-    Statistics,
-    calibrate_auxiliary,
-    fixed_auxiliary,
-    inner_product_statistics,
-    optimal_coefficient,
+    CalibrationState as CalibrationState,
+    FixedAuxiliaryState as FixedAuxiliaryState,
+    Statistics as Statistics,
+    calibrate_auxiliary as calibrate_auxiliary,
+    fixed_auxiliary as fixed_auxiliary,
+    inner_product_statistics as inner_product_statistics,
+    optimal_coefficient as optimal_coefficient,
 )
-
-__all__ = [
-    "CalibrationState",
-    "FixedAuxiliaryState",
-    "Statistics",
-    "calibrate_auxiliary",
-    "cross_batch_statistics",
-    "fixed_auxiliary",
-    "inner_product_statistics",
-    "log_prob_statistics",
-    "optimal_coefficient",
-    "released_code_coefficient",
-]

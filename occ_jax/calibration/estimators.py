@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def cross_batch_statistics(
-    updates_sum: Any,
-    auxiliary_sum: Any,
-    within: Float[Array, "K"],
-    num_micro_batches: int,
+    updates_sum: Any, auxiliary_sum: Any, within: Float[Array, "K"], num_micro_batches: int
 ) -> Statistics:
     r"""Measures c between different micro-batches, and G of the mean over all of them.
 

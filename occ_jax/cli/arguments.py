@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from occ_jax import __version__
 from occ_jax.cli import commands
 from occ_jax.cli.config_file import load_config, program
 from occ_jax.cli.runtime import keep_freed_memory
 from occ_jax.data.answers import KINDS
 from occ_jax.errors import UserError, missing_extra, report
 from occ_jax.parallel import processes
+from occ_jax.version import __version__
 
 _DESCRIPTION = "Reinforcement learning of language models that keep their MTP modules."
 _OVERRIDES = "--section.field VALUE overrides a field of the config; CONFIG --help lists all fields"

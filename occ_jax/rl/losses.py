@@ -55,6 +55,8 @@ def mean(loss: Loss) -> Float[Array, ""]:
     return loss.sum / jnp.where(loss.denominator > 0, loss.denominator, 1.0)
 
 
+# The policy losses take more than seven arguments: the symbols of their published equations, which
+# users set one by one.
 def clipped_policy_loss(
     log_probs: Float[Array, "B T"],
     old_log_probs: Float[Array, "B T"],
@@ -253,10 +255,7 @@ def negative_log_likelihood(
 
 
 def rollout_correction(
-    old_log_probs: Float[Array, "B T"],
-    rollout_log_probs: Float[Array, "B T"],
-    *,
-    cap: float = 2.0,
+    old_log_probs: Float[Array, "B T"], rollout_log_probs: Float[Array, "B T"], *, cap: float = 2.0
 ) -> Float[Array, "B T"]:
     """Truncated importance weights from the sampler's distribution to the trainer's.
 
@@ -447,10 +446,7 @@ def _policy_tokens(
 
 
 def _clip_gains(
-    ratio: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    clip_low: float,
-    clip_high: float,
+    ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], clip_low: float, clip_high: float
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
     """The ratio that enters -A r, and where it was held at the low and the high end."""
     # max(-A r, -A clip(r)) is -A times this, since only the end on the gaining side can be the

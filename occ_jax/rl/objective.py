@@ -244,10 +244,7 @@ def module_metrics(
 
 
 def log_prob_changes(
-    config: Config,
-    main: MainOutput,
-    log_probs: Float[Array, "K B R"],
-    modules: ModuleBatch,
+    config: Config, main: MainOutput, log_probs: Float[Array, "K B R"], modules: ModuleBatch
 ) -> LogProbChanges:
     """Changes of all heads' log-probabilities since the rollout (`mtp.auxiliary_ratio`)."""
     return LogProbChanges(

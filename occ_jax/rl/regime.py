@@ -122,10 +122,7 @@ def needs_separate_gradients(estimator: Estimator | None) -> bool:
 
 
 def micro_batch_sums(
-    estimator: Estimator,
-    gradient: Params,
-    auxiliary: list[Params] | None,
-    changes: LogProbChanges,
+    estimator: Estimator, gradient: Params, auxiliary: list[Params] | None, changes: LogProbChanges
 ) -> Any:
     """Arrays that the estimator adds up over micro-batches, beside the gradients.
 

@@ -65,12 +65,7 @@ def place_state(config: Config, params: Params, seed: int, mesh: Mesh) -> TrainS
 
 
 def train_step(
-    model: Model,
-    config: Config,
-    state: TrainState,
-    batch: Batch,
-    *,
-    measure: bool = True,
+    model: Model, config: Config, state: TrainState, batch: Batch, *, measure: bool = True
 ) -> tuple[TrainState, Metrics]:
     """One update of trunk and modules.
 
@@ -102,10 +97,7 @@ def train_step(
         auxiliary_updates=gradients.auxiliary,
         statistics=measured,
     )
-    norms = {
-        "actor/grad_norm": _norm(gradients.trunk),
-        "mtp/grad_norm": _norm(gradients.mtp),
-    }
+    norms = {"actor/grad_norm": _norm(gradients.trunk), "mtp/grad_norm": _norm(gradients.mtp)}
     finite = jnp.isfinite(gradients.main.loss)
     for norm in norms.values():
         finite &= jnp.isfinite(norm)

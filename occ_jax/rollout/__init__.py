@@ -1,5 +1,3 @@
 """From prompts to completions and their log-probabilities."""
 
-from occ_jax.rollout.sampler import sample
-
-__all__ = ["sample"]
+from occ_jax.rollout.sampler import sample as sample

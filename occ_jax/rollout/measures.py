@@ -52,10 +52,7 @@ def _agreement(
     )
     masks = auxiliary_masks(rollout.valid, rollout.response_mask, depth)
     matches = masks & (jnp.stack(drafts) == main[None])
-    return (
-        jnp.sum(matches, axis=2, dtype=jnp.float32),
-        jnp.sum(masks, axis=2, dtype=jnp.float32),
-    )
+    return (jnp.sum(matches, axis=2, dtype=jnp.float32), jnp.sum(masks, axis=2, dtype=jnp.float32))
 
 
 def completion_probability(

@@ -79,6 +79,7 @@ def sample_in_chunks(
     return map_rows(lambda x, axis: join(x, axis, chunks * x.shape[axis + 1]), parts)
 
 
+# Eleven arguments: the sampler is used without a trainer's config, and each is one of its settings.
 def sample(
     model: Model,
     params: Params,

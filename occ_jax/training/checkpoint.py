@@ -274,8 +274,7 @@ def restore_params(directory: Path, like: Params) -> Params:
         raise UserError(f"the checkpoint {directory} is damaged: {problem}")
     with _readable(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(
-            directory.absolute(),
-            args=ocp.args.Composite(params=ocp.args.StandardRestore(like)),
+            directory.absolute(), args=ocp.args.Composite(params=ocp.args.StandardRestore(like))
         ).params
 
 

@@ -152,10 +152,7 @@ def _sample_group(
 
 
 def _sample_dynamically(
-    setup: Setup,
-    params: Params,
-    prompts: grain.DatasetIterator[list[Prompt]],
-    key: Key[Array, ""],
+    setup: Setup, params: Params, prompts: grain.DatasetIterator[list[Prompt]], key: Key[Array, ""]
 ) -> _Group:
     """Samples until enough groups are neither all right nor all wrong, and drops the surplus."""
     options, mesh = setup.config.rollout, setup.mesh

@@ -95,9 +95,7 @@ def _train(setup: Setup, progress: Progress) -> dict[str, Any]:
         )
     resume_step = on_first_process(lambda: newest_intact(directory.checkpoints, progress.say))
     checkpoints = Checkpoints(
-        directory.checkpoints,
-        keep=config.run.keep_checkpoints,
-        keep_every=config.run.keep_every,
+        directory.checkpoints, keep=config.run.keep_checkpoints, keep_every=config.run.keep_every
     )
     like = abstract_state(setup.model, config, setup.mesh)
     penalised = config.algorithm.kl_coefficient > 0
@@ -146,10 +144,7 @@ def _process_prompts(
             f"rollout.num_prompts is {prompts}; it must be a multiple of the {processes} processes"
         )
     return iterate(
-        training.prompts,
-        prompts // processes,
-        process=jax.process_index(),
-        num_processes=processes,
+        training.prompts, prompts // processes, process=jax.process_index(), num_processes=processes
     )
 
 

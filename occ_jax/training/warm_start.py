@@ -26,12 +26,7 @@ from occ_jax.data.pipeline import encode_completions, iterate, pad_prompts, task
 from occ_jax.errors import UserError
 from occ_jax.models.huggingface import load_pretrained
 from occ_jax.models.model import Model
-from occ_jax.models.responses import (
-    auxiliary_masks,
-    auxiliary_states,
-    score_tokens,
-    trunk_states,
-)
+from occ_jax.models.responses import auxiliary_masks, auxiliary_states, score_tokens, trunk_states
 from occ_jax.parallel.exchange import on_first_process
 from occ_jax.parallel.sharding import abstract, constrain, on_mesh, state_shardings
 from occ_jax.rl.losses import mean, negative_log_likelihood
