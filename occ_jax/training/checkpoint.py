@@ -42,8 +42,8 @@ class Checkpoints:
     """The checkpoints of a run, `directory`/<step>/ each; a context manager.
 
     One is written at a time, by threads: orbax's, of all processes together, then the first
-    process's, which reads every file back for the manifest. What fails there is raised by the next
-    `save` or by `close`.
+    process's, which reads every file back for the manifest. The next `save`, or `close`, raises
+    what failed in them.
     """
 
     def __init__(self, directory: Path, *, keep: int, keep_every: int = 0) -> None:
@@ -57,8 +57,8 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._closing: threading.Thread | None = None
         self._failure: UserError | None = None
-        # Which ones go is decided here, as orbax would delete the last complete one before the
-        # manifest of its successor is there.
+        # Old checkpoints are deleted here: orbax would delete the last complete one before the
+        # manifest of its successor exists.
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -80,14 +80,14 @@ class Checkpoints:
             self._join()
 
     def steps(self) -> list[int]:
-        """What is there, in order; the newest may be under way."""
+        """Returns all steps in order; the newest may still be written."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, prompts_drawn: int) -> None:
         """Begins the checkpoint of `step`; returns when `state` may be donated.
 
         Args:
-            step: later than all that are there.
+            step: later than all saved ones.
             state: what is saved, by all processes together.
             prompts_drawn: by all processes, since the run began.
 
@@ -136,7 +136,7 @@ class Checkpoints:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
         rest = {"opt_state": like.opt_state, "step": like.step, "key": key}
         with _readable(self._path(step)):
-            found = self._manager.restore(
+            restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(like.params),
@@ -145,12 +145,12 @@ class Checkpoints:
                 ),
             )
             state = TrainState(
-                params=found["params"],
-                opt_state=found["rest"]["opt_state"],
-                step=found["rest"]["step"],
-                key=jax.random.wrap_key_data(found["rest"]["key"]),
+                params=restored["params"],
+                opt_state=restored["rest"]["opt_state"],
+                step=restored["rest"]["step"],
+                key=jax.random.wrap_key_data(restored["rest"]["key"]),
             )
-            return state, int(found["data"]["prompts_drawn"])
+            return state, int(restored["data"]["prompts_drawn"])
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete and those that it replaces are gone.
@@ -180,7 +180,7 @@ class Checkpoints:
                 self._manager.close()
 
     def _join(self) -> bool:
-        """Waits for the last checkpoint; whether there was one to wait for."""
+        """Waits for the last checkpoint; returns False if none is being written."""
         closing, self._closing = self._closing, None
         if closing is not None:
             closing.join()
@@ -282,7 +282,7 @@ def find_checkpoint(path: Path) -> Path:
     """The newest complete checkpoint of a run directory, or `path` itself if it is a checkpoint.
 
     Raises:
-        UserError: nothing there.
+        UserError: the path holds no complete checkpoint.
     """
     if (path / "params").is_dir():
         return path
@@ -301,7 +301,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def newest_intact(directory: Path, tell: Callable[[str], None]) -> int | None:
-    """The newest step of a run whose files are as they were written, None where there is no step.
+    """Returns the newest step whose files are as they were written, None if there is no step.
 
     Steps after it are renamed, not deleted, to make room for what the run will write again; of
     those that were never finished only the last is kept.
@@ -338,21 +338,21 @@ def newest_intact(directory: Path, tell: Callable[[str], None]) -> int | None:
 
 
 def damage(directory: Path) -> str | None:
-    """What differs from the checkpoint as it was written, None for nothing."""
+    """Returns what differs from the checkpoint as it was written, None if nothing does."""
     try:
         written = (directory / _MANIFEST).read_text()
         expected = json.loads(written)
-        found = _digests(directory)
+        present = _digests(directory)
     except FileNotFoundError:
         return "it was never finished"
     except (OSError, ValueError) as error:
         return f"{_MANIFEST} cannot be read ({error})"
     if written != json_text(expected):
         return f"{_MANIFEST} has changed"
-    for name in sorted({*expected, *found}):
-        if name not in found:
+    for name in sorted({*expected, *present}):
+        if name not in present:
             return f"{name} is missing"
-        if expected.get(name) != found[name]:
+        if expected.get(name) != present[name]:
             return f"{name} has changed"
     return None
 
