@@ -4,9 +4,10 @@
     answer, completion_probability                      evaluation
     complete                                            generation
 
-Runs that differ only in what compiled code does not depend on (seed, directory, length: see
-`occ_jax.config.computation`) share their programs, as `occ_jax.training.compare` needs. What a
-program computes is left to the pure functions that it wraps; here are jit, shardings and donation.
+Runs that differ only in settings that compiled code does not depend on (seed, directory, length:
+see `occ_jax.config.computation`) share their programs, as `occ_jax.training.compare` needs. The
+computation itself is in the pure functions that a program wraps; here are jit, shardings and
+donation.
 """
 
 from __future__ import annotations

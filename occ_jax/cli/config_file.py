@@ -52,7 +52,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
                 default=config,
                 args=list(overrides),
                 prog=f"{program()} COMMAND {path}",
-                # A part of a model is there or not as the config file says; its fields can change.
+                # The config file decides which parts a model has; overrides change their fields.
                 config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:
@@ -137,10 +137,10 @@ def _of_checkpoint(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _one_line(boxed: str) -> str:
-    """What a boxed message says before its first rule, and the field it suggests."""
+    """The text of a boxed message before its first rule, and the field that it suggests."""
     text = [line.strip("│╭╰╮╯ ") for line in boxed.splitlines()]
     body = [line for line in text if line and not line.startswith("─")]
     rules = [i for i, line in enumerate(text) if line.startswith("─") and i > 0]
-    said = " ".join(text[1 : rules[0]] if rules else body).strip()
+    message = " ".join(text[1 : rules[0]] if rules else body).strip()
     suggestion = re.search(r"(?:meant|similar)[^-]*(--[\w.-]+)", " ".join(body))
-    return said + (f"; did you mean {suggestion.group(1)}?" if suggestion else "")
+    return message + (f"; did you mean {suggestion.group(1)}?" if suggestion else "")

@@ -192,7 +192,7 @@ class ModelConfig(Section, path="model"):
     scan_layers: bool = setting(False, Fact.NOT_IN_CHECKPOINT)
     """Compile one layer and scan over all of them, so that deep models compile faster."""
     remat: Literal["none", "dots", "full"] = setting("none", COST_ONLY)
-    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    """Recomputed by the backward pass: nothing, all but matrix products, or whole layers."""
     attention_kernel: AttentionKernel = setting("auto", COST_ONLY)
     """Attention of whole sequences: splash on TPUs, cudnn on GPUs for bfloat16, plain elsewhere;
     auto chooses by the mesh's devices. Decoding with a cache is always plain."""

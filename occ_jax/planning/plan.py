@@ -304,8 +304,8 @@ def _temporaries(stats: Any, platform: str) -> int:
     """Bytes of the heap, the compiled code not included.
 
     A TPU's compiler reports a size of the heap that has the gaps between its arrays in it twice and
-    a peak without them; their mean has them once. Where arguments are donated, the peak has the
-    results beside the arguments that they take the place of, which comes to the heap with its gaps.
+    a peak without them; their mean has them once. If arguments are donated, the peak has the results
+    beside the arguments that they replace, which comes to the heap with its gaps.
     docs/results/plans.md compares both with the compiler's log.
     """
     if platform != "tpu":

@@ -1,10 +1,10 @@
-"""Gradients of one mini-batch, and what the estimators need of them.
+"""Gradients of one mini-batch, and the sums that estimators need of them.
 
 One forward pass through the trunk, always. With λ known beforehand (fixed, or of an earlier update)
 the cotangents of all heads are added and pulled back *once*; where λ follows from gradients of this
 update, the trunk's pullback runs once for the policy loss and once a module.
 
-Where gradients stop is visible here and nowhere else. The modules' forward pass runs once, and so
+All stops of gradients are in this file. The modules' forward pass runs once, and so
 does the output head on their states; the two pullbacks give cotangents of θ (output head;
 embedding), φ and the trunk's states. The auxiliary losses train the trunk: their cotangent of φ is
 dropped. The head losses train the modules: all but their cotangent of φ is dropped. Nothing that is

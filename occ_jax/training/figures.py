@@ -398,7 +398,7 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run_report(rows: Rows, regime: str) -> str:
-    """The closing lines of a single run.
+    """Returns the closing lines of a single run.
 
     Args:
         rows: the run's metrics.jsonl.
@@ -406,8 +406,7 @@ def run_report(rows: Rows, regime: str) -> str:
 
     Returns:
         Steps and seconds a step; accuracy, exact objective and agreement, before → after, in
-        percent; λ per module with a sparkline over updates. What a run has no figures for is left
-        out.
+        percent; λ per module with a sparkline over updates. Lines without figures are left out.
     """
     seconds = _seconds(rows)
     lines = [f"{regime}, {rows[-1]['step'] if rows else 0} steps"]
