@@ -304,7 +304,7 @@ def _temporaries(stats: Any, platform: str) -> int:
     """Bytes of the heap, the compiled code not included.
 
     A TPU's compiler reports a size of the heap that has the gaps between its arrays in it twice and
-    a peak without them; their mean has them once. If arguments are donated, the peak has the results
+    a peak without them; their mean has them once. If arguments are donated, the peak counts results
     beside the arguments that they replace, which comes to the heap with its gaps.
     docs/results/plans.md compares both with the compiler's log.
     """
