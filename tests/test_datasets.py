@@ -243,7 +243,7 @@ def test_a_missing_set_is_answered_with_the_command(directory, tokenizer):
     where = directory / "data"
     assert str(caught.value) == (
         f"no set math500 in {where} (prepared sets: aime24, dapo_math_17k); "
-        f"python run.py prepare math500 --source FILE --data-directory {where}"
+        f"occ-jax prepare math500 --source FILE --data-directory {where}"
     )
 
 

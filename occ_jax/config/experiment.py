@@ -63,14 +63,14 @@ class TaskConfig(Section, path="task"):
 
 @dataclass(frozen=True)
 class DatasetConfig(Section, path="dataset"):
-    """Problems from `run.py prepare` (`occ_jax.data`); without a name, `task` generates them."""
+    """Problems from `occ-jax prepare` (`occ_jax.data`); without a name, `task` generates them."""
 
     name: str = ""
     """Prepared set to train on, such as dapo_math_17k; empty for the digit task."""
     evaluation: tuple[str, ...] = ()
     """Prepared sets to evaluate on, such as aime24 math500."""
     directory: str = setting("data", Fact.MAY_CHANGE)
-    """Directory that `run.py prepare` wrote the sets to."""
+    """Directory that `occ-jax prepare` wrote the sets to."""
     template: str = (
         "{problem}\n\nThink step by step. Close with a line that holds nothing but "
         '"Answer: " and the answer.'

@@ -31,7 +31,7 @@ class PreparedSet(NamedTuple):
 
 
 def open_set(directory: Path, name: str) -> PreparedSet:
-    """Opens a set that `run.py prepare` has written.
+    """Opens a set that `occ-jax prepare` has written.
 
     Raises:
         UserError: the set is missing or damaged. A damaged record raises when it is read.
@@ -41,7 +41,7 @@ def open_set(directory: Path, name: str) -> PreparedSet:
         sets = sorted(p.parent.parent.name for p in directory.glob(f"*/{VERSION}/features.json"))
         raise UserError(
             f"no set {name} in {directory} (prepared sets: {', '.join(sets) or 'none'}); "
-            f"python run.py prepare {name} --source FILE --data-directory {directory}"
+            f"occ-jax prepare {name} --source FILE --data-directory {directory}"
         )
     import tensorflow_datasets as tfds
 
