@@ -118,9 +118,10 @@ $(UV) pip install -q -p $(1) -c $(1)/constraints.txt pytest hypothesis && \
 $(1)/bin/python -m pytest tests/test_calibration.py tests/test_estimators.py $(ARGS)
 endef
 
-$(UV):
+$(UV): Makefile
 	@$(call make_environment,.venv-uv)
 	@.venv-uv/bin/python -m pip install -qq uv==$(UV_VERSION)
+	@touch $@
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(call make_environment,$(VENV))
