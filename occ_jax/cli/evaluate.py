@@ -21,7 +21,7 @@ from occ_jax.evaluation.identity import fingerprint, verifier_identity
 from occ_jax.evaluation.records import Record, RecordFile
 from occ_jax.files import write_json
 from occ_jax.parallel.exchange import is_first_process, on_first_process
-from occ_jax.progress import Progress
+from occ_jax.progress import Progress, Step
 from occ_jax.rewards.judging import verifier_of
 from occ_jax.setup import Setup
 from occ_jax.tables import markdown_table, print_table
@@ -57,12 +57,7 @@ def run_evaluation(
 
     All processes sample and judge; the first writes and prints.
 
-    Args:
-        setup: sets, sampling and verifiers.
-        params: of the policy.
-        checkpoint: the source of the parameters, for the record.
-        output: gets <set>.jsonl, summary.json and summary.md.
-        options: how many questions and answers, and which figures.
+    `checkpoint` is the source of `params`. `output` gets <set>.jsonl, summary.json and summary.md.
 
     Raises:
         UserError: `output` holds records of other parameters, questions or settings.
@@ -88,23 +83,14 @@ def run_comparison(a: Path, b: Path, ks: Sequence[int], output: Path | None) -> 
     Raises:
         UserError: one is missing or unfinished, or they are of different questions.
     """
-    comparison = summary.compare_evaluations(
-        summary.read_evaluation(a), summary.read_evaluation(b), ks
-    )
+    first, second = summary.read_evaluation(a), summary.read_evaluation(b)
+    comparison = summary.compare_evaluations(first, second, ks)
     note = summary.COMPARISON_NOTE
     for name, settings in comparison["settings"].items():
-        listed = ", ".join(
-            f"{key} {ours!r} / {theirs!r}" for key, (ours, theirs) in settings.items()
-        )
+        listed = ", ".join(f"{key} {x!r} / {y!r}" for key, (x, y) in settings.items())
         note += f"\n\nThe evaluations on {name} differ in their settings: {listed}."
-    _write(
-        output,
-        "comparison",
-        comparison,
-        summary.comparison_cells(comparison),
-        f"# A {a}, B {b}",
-        note,
-    )
+    cells = summary.comparison_cells(comparison)
+    _write(output, "comparison", comparison, cells, f"# A {a}, B {b}", note)
 
 
 def _write(
@@ -138,36 +124,29 @@ def _evaluate_into(
 ) -> dict[str, list[Record]]:
     """Evaluates on every set and keeps the records in `directory`/<set>.jsonl.
 
-    Started again it goes on where it was. Only the first process has all records.
-
-    Raises:
-        UserError: the directory holds records of other parameters, questions or settings.
+    Started again it continues after the last record. Only the first process has all records.
     """
     config, progress = setup.config, Progress(quiet=not is_first_process())
     policy = fingerprint(params)
+    records: dict[str, list[Record]] = {}
     files: dict[str, RecordFile] = {}
     try:
         for name, prompts in sets.items():  # all of them before any compute is spent
             header = _header(config, name, policy, options)
             files[name] = RecordFile(directory / f"{name}.jsonl", header, prompts)
-        records: dict[str, list[Record]] = {}
         for name, prompts in sets.items():
             held = files[name].held
             if 0 < held < len(prompts):
                 progress.say(f"{name}: going on after {held:,} of {len(prompts):,} questions")
             key = set_key(config, setup.mesh, name, jax.random.key(config.run.seed))
             with progress.steps(name, len(prompts), held) as step:
+
+                def show(current: list[Record], step: Step = step) -> None:
+                    accuracy = float(np.mean([record.scores for record in current]))
+                    step(len(current), {"accuracy": accuracy})
+
                 records[name] = evaluate(
-                    setup,
-                    params,
-                    prompts,
-                    key,
-                    options.num_samples,
-                    file=files[name],
-                    show=lambda records, step=step: step(
-                        len(records),
-                        {"accuracy": float(np.mean([record.scores for record in records]))},
-                    ),
+                    setup, params, prompts, key, options.num_samples, file=files[name], show=show
                 )
     finally:
         for file in files.values():

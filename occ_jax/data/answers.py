@@ -7,7 +7,6 @@ message completes the sentence "column 'value' ...". Leaves comparison to the ve
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -85,10 +84,5 @@ def _expression(text: str) -> str:
     return any_text(text[1:-1]) if whole else text
 
 
-KINDS: dict[str, Callable[[Any], str]] = {
-    "text": any_text,
-    "number": number,
-    "integer": integer,
-    "latex": latex,
-}
+KINDS = {"text": any_text, "number": number, "integer": integer, "latex": latex}
 """The kinds that a user can declare for the answers of their own data."""

@@ -25,12 +25,11 @@ class _SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(
-        self, name: str, examples: Sequence[Example], files: Sequence[str], **options: Any
+        self, directory: Path, name: str, examples: Sequence[Example], files: Sequence[str]
     ) -> None:
         self.name = name  # pyright: ignore[reportAttributeAccessIssue] (TFDS sets it on the class)
-        self._examples = examples
-        self._files = list(files)
-        super().__init__(**options)
+        self._examples, self._files = examples, list(files)
+        super().__init__(data_dir=str(directory), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
@@ -71,8 +70,6 @@ def write_set(
     """
     tfds.disable_progress_bar()
     directory.mkdir(parents=True, exist_ok=True)
-    builder = _SetBuilder(
-        name, examples, files, data_dir=str(directory), file_format="array_record"
-    )
+    builder = _SetBuilder(directory, name, examples, files)
     with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(download_dir=unused)

@@ -47,11 +47,11 @@ def load_chat_template(
     Raises:
         UserError: the template is no valid program.
     """
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        source, origin = path.read_text(encoding="utf-8"), str(path)
-    else:
-        source, origin = _default(configured), f"{directory / 'tokenizer_config.json'}"
+    source, origin = configured, directory / "tokenizer_config.json"
+    if (path := directory / "chat_template.jinja").is_file():
+        source, origin = path.read_text(encoding="utf-8"), path
+    elif isinstance(configured, list):
+        source = {entry["name"]: entry["template"] for entry in configured}.get("default")
     render = None if source is None else _compile(source, origin)
 
     def render_chat(
@@ -81,14 +81,7 @@ def load_chat_template(
     return render_chat
 
 
-def _default(configured: Any) -> str | None:
-    if isinstance(configured, list):
-        named = {entry["name"]: entry["template"] for entry in configured}
-        return named.get("default")
-    return configured
-
-
-def _compile(source: str, origin: str) -> Callable[..., str]:
+def _compile(source: str, origin: Path) -> Callable[..., str]:
     """Compiles a template in the environment that templates are written for."""
     import jinja2
     from jinja2 import nodes
@@ -105,11 +98,14 @@ def _compile(source: str, origin: str) -> Callable[..., str]:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
     environment: Any = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(source).render
@@ -129,15 +125,5 @@ def _to_json(
 ) -> str:
     """Plain JSON: jinja's own filter escapes for HTML."""
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _raise(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

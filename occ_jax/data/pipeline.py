@@ -6,6 +6,7 @@ Leaves problems to `occ_jax.data.tasks` and `occ_jax.data.prepared`, and samplin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,8 @@ import numpy as np
 
 from occ_jax.config import Config, TaskConfig
 from occ_jax.data.examples import Example, Prompt, make_prompt
-from occ_jax.data.prepared import open_set
-from occ_jax.data.tasks import Split, completion_tokens, make_example, prompt_tokens
+from occ_jax.data.prepared import PreparedSet, open_set
+from occ_jax.data.tasks import completion_tokens, make_example, prompt_tokens
 from occ_jax.data.tokenizer import Tokenizer
 from occ_jax.errors import UserError
 
@@ -30,24 +31,6 @@ class TrainingPrompts(NamedTuple):
     prompts: grain.MapDataset[Prompt]  # endless, in the order of training
     epoch: int | None  # prompts an epoch; None for a task, whose prompts are always new
     overlong: int  # prompts of the set that are left out, as they are too long
-
-
-class TaskSource:
-    """Random access to a split, a `RandomAccessDataSource` of grain."""
-
-    def __init__(self, config: TaskConfig, split: Split, stream: int) -> None:
-        self._config = config
-        self._split: Split = split
-        self._stream = stream
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: int) -> Example:
-        return make_example(self._config, self._split, int(index), self._stream)
-
-    def __repr__(self) -> str:
-        return f"TaskSource({self._config}, {self._split!r}, {self._stream})"
 
 
 def training_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
@@ -69,21 +52,21 @@ def _set_prompts(config: Config, tokenizer: Tokenizer) -> TrainingPrompts:
     when training reads them: that takes seconds for tens of thousands, and only indices stay in
     memory.
     """
-    dataset = config.dataset
+    dataset, width = config.dataset, prompt_columns(config)
     examples = open_set(Path(dataset.directory), dataset.name)
     fitting: list[int] = []
     overlong: list[Prompt] = []
     for index in range(examples.size):
         prompt = make_prompt(config, tokenizer, examples.example(index))
-        if len(prompt.tokens) > prompt_columns(config):
+        if len(prompt.tokens) > width:
             overlong.append(prompt)
         else:
             fitting.append(index)
     if overlong and (dataset.overlong == "error" or not fitting):
         remedy = "dataset.overlong drop leaves them out" if fitting else "no prompt is left"
         raise UserError(
-            f"{_too_long(overlong[0], prompt_columns(config))}; {len(overlong):,} of "
-            f"{examples.size:,} prompts are too long, {remedy}"
+            f"{_too_long(overlong[0], width)}; {len(overlong):,} of {examples.size:,} prompts are "
+            f"too long, {remedy}"
         )
     order = grain.MapDataset.source(fitting).seed(config.run.seed).shuffle().repeat()
     prompts = order.map(lambda index: make_prompt(config, tokenizer, examples.example(index)))
@@ -102,10 +85,11 @@ def task_prompts(config: Config, tokenizer: Tokenizer, stream: int) -> grain.Map
 
     Nothing is shuffled: examples of consecutive indices are already independent.
     """
-    source = TaskSource(config.task, "train", stream)
-    return grain.MapDataset.source(source).map(
-        lambda example: make_prompt(config, tokenizer, example)
-    )
+
+    def prompt(index: int) -> Prompt:
+        return make_prompt(config, tokenizer, make_example(config.task, "train", index, stream))
+
+    return grain.MapDataset.range(_ENDLESS).map(prompt)
 
 
 def iterate(
@@ -124,35 +108,16 @@ def iterate(
         process: h, the index of this process.
         num_processes: H.
     """
-    if num_processes > 1:
-        prompts = grain.MapDataset.source(
-            _ProcessPrompts(prompts, batch_size, process, num_processes)
-        )
-    endless = prompts.to_iter_dataset(grain.ReadOptions(num_threads=0))
+
+    def prompt(index: int) -> Prompt:
+        step, position = divmod(index, batch_size)
+        result = prompts[(step * num_processes + process) * batch_size + position]
+        assert result is not None  # a data set without filters has no gaps
+        return result
+
+    process_prompts = grain.MapDataset.range(len(prompts) // num_processes).map(prompt)
+    endless = process_prompts.to_iter_dataset(grain.ReadOptions(num_threads=0))
     return iter(endless.batch(batch_size, batch_fn=list))
-
-
-class _ProcessPrompts:
-    """The prompts of one process, a `RandomAccessDataSource` of grain."""
-
-    def __init__(
-        self, prompts: grain.MapDataset[Prompt], batch_size: int, process: int, num_processes: int
-    ) -> None:
-        self._prompts, self._size = prompts, batch_size
-        self._process, self._num_processes = process, num_processes
-
-    def __len__(self) -> int:
-        return len(self._prompts) // self._num_processes
-
-    def __getitem__(self, index: int) -> Prompt:
-        step, position = divmod(int(index), self._size)
-        batch = step * self._num_processes + self._process
-        prompt = self._prompts[batch * self._size + position]
-        assert prompt is not None  # a data set without filters has no gaps
-        return prompt
-
-    def __repr__(self) -> str:
-        return f"_ProcessPrompts({self._size}, {self._process}, {self._num_processes})"
 
 
 def prompts_read(batches: grain.DatasetIterator[list[Prompt]]) -> int:
@@ -173,25 +138,19 @@ def evaluation_prompts(config: Config, tokenizer: Tokenizer, count: int) -> dict
             `rollout.max_prompt_tokens`: long questions are not left out, as that would change the
             benchmark.
     """
-    directory = Path(config.dataset.directory)
     if config.dataset.name:
+        directory = Path(config.dataset.directory)
         sets = {name: open_set(directory, name) for name in config.dataset.evaluation}
-        prompts_of = {
-            name: [
-                make_prompt(config, tokenizer, examples.example(index))
-                for index in range(min(count, examples.size))
-            ]
-            for name, examples in sets.items()
-        }
-        for prompts in prompts_of.values():
-            _require_fit(prompts, prompt_columns(config))
-        return prompts_of
-    return {
-        config.task.name: [
-            make_prompt(config, tokenizer, make_example(config.task, "evaluation", index))
-            for index in range(count)
-        ]
-    }
+    else:
+        task = functools.partial(make_example, config.task, "evaluation")
+        sets = {config.task.name: PreparedSet(count, task)}
+    prompts: dict[str, list[Prompt]] = {}
+    for name, (size, example) in sets.items():
+        indices = range(min(count, size))
+        prompts[name] = [make_prompt(config, tokenizer, example(index)) for index in indices]
+    for prompts_of_set in prompts.values():
+        _require_fit(prompts_of_set, prompt_columns(config))
+    return prompts
 
 
 def prompt_columns(config: Config) -> int:

@@ -35,11 +35,8 @@ def find_set(
 ) -> ProblemSet:
     """Finds a published set by its name, or describes a user's own set.
 
-    Args:
-        name: of the set.
-        own: columns of the user's own files; None for a published set.
-        read_answer: parser of the user's own answers.
-        distinct: keep only the first of the user's own rows with equal prompts.
+    For a published set `own`, the columns of the user's files, is None; then `read_answer` and
+    `distinct`, which are as in `ProblemSet`, have no effect.
 
     Raises:
         UserError: the name is not well-formed, is no published set although `own` is None, or is a
@@ -160,15 +157,11 @@ def _split_required(columns: FileColumns) -> tuple[list[str], list[str]]:
     required, optional = [columns.prompt, columns.answer], [columns.context]
     # A user names the id column on purpose; publishers' mirrors may lack theirs.
     (optional if columns.publisher else required).append(columns.id)
-    return _column_names(required), _column_names(optional)
+    return _columns_of(required), _columns_of(optional)
 
 
-def _column_names(paths: Sequence[str]) -> list[str]:
-    return [_column(path) for path in paths if path]
-
-
-def _column(path: str) -> str:
-    return path.partition(".")[0]
+def _columns_of(paths: Sequence[str]) -> list[str]:
+    return [path.split(".")[0] for path in paths if path]
 
 
 def _prompt(row: FileRow, columns: FileColumns) -> str | tuple[Message, ...]:
@@ -183,12 +176,9 @@ def _prompt(row: FileRow, columns: FileColumns) -> str | tuple[Message, ...]:
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise row.error(f"{columns.prompt} holds a message without role or content")
-        messages.append(
-            Message(
-                _text(row, f"a role in {columns.prompt}", message["role"]),
-                _text(row, f"a content in {columns.prompt}", message["content"]),
-            )
-        )
+        role = _text(row, f"a role in {columns.prompt}", message["role"])
+        content = _text(row, f"a content in {columns.prompt}", message["content"])
+        messages.append(Message(role, content))
     if messages[-1].role != "user":
         raise row.error(f"{columns.prompt} ends with a turn of {messages[-1].role}, not of user")
     return tuple(messages)
@@ -203,7 +193,7 @@ def _answer(row: FileRow, columns: FileColumns, read: Callable[[Any], str]) -> s
 
 
 def _identity(row: FileRow, columns: FileColumns, position: int) -> str:
-    if columns.id and _column(columns.id) in row.values:
+    if columns.id and columns.id.split(".")[0] in row.values:
         return _text(row, columns.id, str(row.value(columns.id)))
     return str(position)
 

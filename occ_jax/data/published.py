@@ -31,19 +31,15 @@ class ProblemSet(NamedTuple):
     distinct: bool = False  # keep only the first row of each prompt, as publishers repeat rows
 
 
+_VERL = FileColumns("prompt", "reward_model.ground_truth", "extra_info.index")
+_GSM8K = FileColumns("question", "answer", publisher="openai/gsm8k")
+
 PUBLISHED: dict[str, ProblemSet] = {
     # 1,791,700 rows are 100 copies of 17,917, which hold 17,398 prompts.
     "dapo_math_17k": ProblemSet(
         (17_398,),
         answers.integer,
-        (
-            FileColumns(
-                "prompt",
-                "reward_model.ground_truth",
-                "extra_info.index",
-                publisher="BytedTsinghua-SIA/DAPO-Math-17k",
-            ),
-        ),
+        (_VERL._replace(publisher="BytedTsinghua-SIA/DAPO-Math-17k"),),
         distinct=True,
     ),
     "aime24": ProblemSet(
@@ -53,12 +49,7 @@ PUBLISHED: dict[str, ProblemSet] = {
             FileColumns("problem", "answer", "id", publisher="HuggingFaceH4/aime_2024"),
             FileColumns("Problem", "Answer", "ID", publisher="Maxwell-Jia/AIME_2024"),
             # This file repeats each problem 32 times.
-            FileColumns(
-                "prompt",
-                "reward_model.ground_truth",
-                "extra_info.index",
-                publisher="BytedTsinghua-SIA/AIME-2024",
-            ),
+            _VERL._replace(publisher="BytedTsinghua-SIA/AIME-2024"),
         ),
         distinct=True,
     ),
@@ -73,9 +64,7 @@ PUBLISHED: dict[str, ProblemSet] = {
         ),
     ),
     "amc23": ProblemSet(
-        (40,),
-        answers.number,
-        (FileColumns("question", "answer", "id", publisher="math-ai/amc23"),),
+        (40,), answers.number, (FileColumns("question", "answer", "id", publisher="math-ai/amc23"),)
     ),
     "math500": ProblemSet(
         (500,),
@@ -83,9 +72,7 @@ PUBLISHED: dict[str, ProblemSet] = {
         (FileColumns("problem", "answer", "unique_id", publisher="HuggingFaceH4/MATH-500"),),
     ),
     "minerva": ProblemSet(
-        (272,),
-        answers.latex,
-        (FileColumns("question", "answer", publisher="math-ai/minervamath"),),
+        (272,), answers.latex, (FileColumns("question", "answer", publisher="math-ai/minervamath"),)
     ),
     "olympiadbench": ProblemSet(
         (674, 675),
@@ -100,10 +87,6 @@ PUBLISHED: dict[str, ProblemSet] = {
             ),
         ),
     ),
-    "gsm8k_train": ProblemSet(
-        (7_473,), answers.gsm8k, (FileColumns("question", "answer", publisher="openai/gsm8k"),)
-    ),
-    "gsm8k_test": ProblemSet(
-        (1_319,), answers.gsm8k, (FileColumns("question", "answer", publisher="openai/gsm8k"),)
-    ),
+    "gsm8k_train": ProblemSet((7_473,), answers.gsm8k, (_GSM8K,)),
+    "gsm8k_test": ProblemSet((1_319,), answers.gsm8k, (_GSM8K,)),
 }

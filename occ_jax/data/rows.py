@@ -72,16 +72,13 @@ def read_file_rows(file: Path, columns: Sequence[str]) -> Iterator[FileRow]:
         return
     number = 0
     batches = _open_parquet(file).iter_batches(batch_size=_BATCH_ROWS, columns=list(columns))
-    while True:
-        try:
-            batch = next(batches, None)
-        except (OSError, ValueError) as error:  # pyarrow's own are subclasses
-            raise UserError(f"{file} is damaged after row {number}: {one_line(error)}") from error
-        if batch is None:
-            return
-        for values in batch.to_pylist():
-            number += 1
-            yield FileRow(file, number, values)
+    try:
+        for batch in batches:
+            for values in batch.to_pylist():
+                number += 1
+                yield FileRow(file, number, values)
+    except (OSError, ValueError) as error:  # pyarrow's own are subclasses
+        raise UserError(f"{file} is damaged after row {number}: {one_line(error)}") from error
 
 
 def _is_parquet(file: Path) -> bool:
@@ -113,11 +110,8 @@ def _json_rows(file: Path) -> Iterator[FileRow]:
             try:
                 values = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError too
-                raise row.error(
-                    f"neither Parquet nor JSON lines ({one_line(error)})"
-                    if number == 1
-                    else f"no valid JSON ({one_line(error)})"
-                ) from error
+                fault = "neither Parquet nor JSON lines" if number == 1 else "no valid JSON"
+                raise row.error(f"{fault} ({one_line(error)})") from error
             if not isinstance(values, dict):
                 raise row.error(f"a JSON object is expected, not {line[:40]!r}")
             yield row._replace(values=values)

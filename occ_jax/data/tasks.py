@@ -72,32 +72,19 @@ def make_example(config: TaskConfig, split: Split, index: int, stream: int = 0) 
     """
     rng = np.random.Generator(np.random.Philox(key=[config.seed << 32 | stream, index]))
     while True:
-        problem = _GENERATORS[config.name](rng, config)
-        if split_of(problem.prompt) == split:
-            return Example(
-                prompt=problem.prompt,
-                answer=problem.answer,
-                source=config.name,
-                id=f"{split}-{stream}-{index}",
-                completion=problem.completion,
-            )
+        prompt, completion, answer = _GENERATORS[config.name](rng, config)
+        if split_of(prompt) == split:
+            return Example(prompt, answer, config.name, f"{split}-{stream}-{index}", completion)
 
 
 def has_unique_completion(config: TaskConfig) -> bool:
     """Whether exactly one completion of a prompt is right.
 
     Then the probability of a right completion is that of one token sequence: the exact objective,
-    which can be computed instead of sampled.
+    which can be computed instead of sampled. The verifier of `chained_sum` judges only the last
+    number, so its completions may differ before it.
     """
-    return not answer_separator(config)
-
-
-def answer_separator(config: TaskConfig) -> str:
-    """Text before the answer in a right completion; empty if the completion is the answer alone.
-
-    The verifier of `chained_sum` judges only the last number.
-    """
-    return ">" if config.name == "chained_sum" else ""
+    return config.name != "chained_sum"
 
 
 def prompt_tokens(config: TaskConfig) -> int:

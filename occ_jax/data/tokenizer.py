@@ -20,7 +20,6 @@ from occ_jax.data.chat import Message, RenderChat, load_chat_template
 from occ_jax.errors import UserError, one_line
 
 ALPHABET = "0123456789+=>,"
-_PAD, _EOS = "<pad>", "<eos>"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -28,27 +27,18 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 class Tokenizer(NamedTuple):
     """The tokenizer interface of this package."""
 
-    encode: Callable[[str], list[int]]
-    """Text to token ids; special tokens only if the text spells them."""
-    decode: Callable[[Sequence[int]], str]
-    """Token ids to text, special tokens spelled out."""
-    render_chat: RenderChat
-    """Messages to text, by the checkpoint's chat template."""
-    eos_ids: tuple[int, ...]
-    """Any of them ends a completion; the first one ends supervised completions."""
-    pad_id: int
-    """Fills columns that are not valid."""
-    vocab_size: int
-    """The largest id plus 1."""
+    encode: Callable[[str], list[int]]  # special tokens only if the text spells them
+    decode: Callable[[Sequence[int]], str]  # special tokens spelled out
+    render_chat: RenderChat  # by the checkpoint's chat template
+    eos_ids: tuple[int, ...]  # any ends a completion; the first one ends supervised completions
+    pad_id: int  # fills columns that are not valid
+    vocab_size: int  # the largest id plus 1
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[int]:
     """Token ids of a conversation, up to the beginning of the model's turn.
 
-    Args:
-        tokenizer: has the chat template.
-        messages: the conversation, oldest first.
-        variables: of the template, such as enable_thinking=False.
+    `variables` are the template's, such as enable_thinking=False.
 
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses the messages.
@@ -80,7 +70,7 @@ def model_tokenizer(config: ModelConfig) -> Tokenizer:
 
 def _digit_alphabet() -> Tokenizer:
     """Sixteen characters, one token each: padding, end of sequence, then `ALPHABET`."""
-    tokens = (_PAD, _EOS, *ALPHABET)
+    tokens = ("<pad>", "<eos>", *ALPHABET)
     ids = {character: index for index, character in enumerate(tokens)}
 
     def encode(text: str) -> list[int]:
@@ -118,9 +108,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     eos_token of tokenizer_config.json or any eos_token_id of generation_config.json (of config.json
     if that file names none).
 
-    Args:
-        directory: the checkpoint.
-
     Raises:
         UserError: a file is missing or damaged, or no file names an end-of-sequence token.
     """
@@ -129,9 +116,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = _read_json(directory / "tokenizer_config.json")
     _add_listed_tokens(backend, config, directory)
     special = _special_tokens(config, _read_json(directory / "special_tokens_map.json"))
-    generation = _read_json(directory / "generation_config.json")
-    model = _read_json(directory / "config.json")
-    eos_ids = _eos_ids(backend, directory, special, generation, model)
+    eos_ids = _eos_ids(backend, directory, special)
     pad_id = backend.token_to_id(special["pad_token"]) if "pad_token" in special else None
     used = np.array(list(backend.get_vocab(with_added_tokens=True).values()))
     return Tokenizer(
@@ -208,13 +193,9 @@ def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _eos_ids(
-    backend: Any,
-    directory: Path,
-    special: dict[str, str],
-    generation: dict[str, Any],
-    model: dict[str, Any],
-) -> tuple[int, ...]:
+def _eos_ids(backend: Any, directory: Path, special: dict[str, str]) -> tuple[int, ...]:
+    files = ("generation_config.json", "config.json")
+    declared = [_read_json(directory / name).get("eos_token_id") for name in files]
     ids: list[int] = []
     if "eos_token" in special:
         eos_id = backend.token_to_id(special["eos_token"])
@@ -224,11 +205,8 @@ def _eos_ids(
                 "tokenizer_config.json names as the end of a sequence"
             )
         ids.append(eos_id)
-    for source in (generation, model):
-        listed = source.get("eos_token_id")
-        if listed is not None:
-            ids += listed if isinstance(listed, list) else [listed]
-            break
+    listed = next((value for value in declared if value is not None), [])
+    ids += listed if isinstance(listed, list) else [listed]
     if not ids:
         raise UserError(
             f"no file of {directory} names an end-of-sequence token (eos_token in "
@@ -246,9 +224,9 @@ def _decoder(backend: Any, used: np.ndarray) -> Callable[[Sequence[int]], str]:
         row = np.asarray(ids, np.int64)
         inside = row < len(has_token)
         gaps = np.flatnonzero(~(inside & has_token[np.where(inside, row, 0)]))
-        pieces = np.split(row, gaps)
-        text = [backend.decode(pieces[0].tolist(), skip_special_tokens=False)]
-        text += [backend.decode(p[1:].tolist(), skip_special_tokens=False) for p in pieces[1:]]
-        return _UNKNOWN.join(text)
+        first, *others = np.split(row, gaps)
+        pieces = [first, *(piece[1:] for piece in others)]
+        texts = (backend.decode(piece.tolist(), skip_special_tokens=False) for piece in pieces)
+        return _UNKNOWN.join(texts)
 
     return decode

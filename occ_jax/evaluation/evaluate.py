@@ -40,16 +40,10 @@ def evaluate(
     file: RecordFile | None = None,
     show: Callable[[list[Record]], None] = lambda _: None,
 ) -> list[Record]:
-    """Answers the questions of one set that `file` does not hold answers to.
+    """Answers the Q questions of one set that `file` does not hold answers to, n times each.
 
-    Args:
-        setup: config, devices, tokenizer and verifiers.
-        params: trunk and modules.
-        prompts: Q questions.
-        key: of the sampling; the answers to a question depend on its place in the set and `key`.
-        num_samples: n, answers a question.
-        file: where records are kept, if anywhere.
-        show: is called with the records so far, after every chunk.
+    The answers to a question depend on its place in the set and `key`. `show` is called with the
+    records so far, after every chunk.
 
     Returns:
         Q records, in the order of the questions; without those that `file` held on processes that
@@ -72,18 +66,14 @@ def evaluate(
             )
             keep_completions = file is not None and file.keeps_completions
             own = judged_records(examples, answers, judged, keep_completions)
-        new = _gather_records(own)[max(0, held - start) :]
+        gathered = gather_objects([record._asdict() for record in own])
+        all_records = [Record(**record) for process in gathered for record in process]
+        new = all_records[max(0, held - start) :]
         if file is not None:
             file.append(new)
         records += new
         show(records)
     return records
-
-
-def _gather_records(own: list[Record]) -> list[Record]:
-    """The records of all processes, in the order of the questions."""
-    gathered = gather_objects([record._asdict() for record in own])
-    return [Record(**record) for records in gathered for record in records]
 
 
 def _answer(
@@ -149,8 +139,8 @@ def evaluate_sets(
     """
     figures: dict[str, dict[str, float]] = {}
     for name, prompts in sets.items():
-        of_set = set_key(setup.config, setup.mesh, name, key)
-        figures[name] = summarise(evaluate(setup, params, prompts, of_set, num_samples))
+        key_of_set = set_key(setup.config, setup.mesh, name, key)
+        figures[name] = summarise(evaluate(setup, params, prompts, key_of_set, num_samples))
     if not setup.config.dataset.name:
         (only,) = figures.values()
         return only

@@ -65,10 +65,7 @@ class RecordFile:
     def __init__(self, path: Path, header: dict[str, Any], prompts: Sequence[Prompt]) -> None:
         """Opens the file, or creates it and its directory.
 
-        Args:
-            path: the file.
-            header: everything that the records depend on; JSON values.
-            prompts: the questions, in order.
+        `header` is everything that the records depend on, as JSON values, besides the questions.
 
         Raises:
             UserError: the file holds the records of another evaluation, is damaged or cannot be
@@ -123,13 +120,9 @@ class RecordFile:
 def judged_records(
     examples: Sequence[Example], answers: Sequence[Sampled], judged: Judged, keep_completions: bool
 ) -> list[Record]:
-    """Records of questions from the sampled answers and the verdicts on them.
+    """Records of questions from the sampled answers and the verdicts, question by question.
 
-    Args:
-        examples: Q questions.
-        answers: to each of them.
-        judged: verdicts on all answers, question by question.
-        keep_completions: keep the whole texts too.
+    With `keep_completions` they hold the whole texts too.
     """
     records: list[Record] = []
     for index, (example, sampled) in enumerate(zip(examples, answers, strict=True)):

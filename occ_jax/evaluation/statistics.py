@@ -98,9 +98,8 @@ def majority_at_k(given: Sequence[str | None], scores: Sequence[int | float], k:
     for answer, score in zip(given, scores, strict=True):
         if answer is not None:
             by_answer.setdefault(answer, []).append(float(score))
-    silent = n - sum(map(len, by_answer.values()))
+    counts = list(map(len, by_answer.values()))
     values = [sum(answer_scores) / len(answer_scores) for answer_scores in by_answer.values()]
-    counts = [len(answer_scores) for answer_scores in by_answer.values()]
     if k == n:
         highest = max(counts, default=0)
         winners = [value for value, count in zip(values, counts, strict=True) if count == highest]
@@ -111,7 +110,7 @@ def majority_at_k(given: Sequence[str | None], scores: Sequence[int | float], k:
     for index, value in enumerate(values):
         if value != 0:
             others = counts[:index] + counts[index + 1 :]
-            total += value * _chance_to_win(counts[index], others, silent, k)
+            total += value * _chance_to_win(counts[index], others, n - sum(counts), k)
     return total
 
 
@@ -146,12 +145,10 @@ def interval(per_question: Float[np.ndarray, " Q"]) -> Interval:
         (0.5, 0.4)
     """
     count = len(per_question)
-    if count == 0:
-        return Interval(math.nan, math.nan)
-    mean = float(np.mean(per_question))
-    if count == 1:
-        return Interval(mean, math.nan)
-    return Interval(mean, float(_Z * np.std(per_question, ddof=1) / math.sqrt(count)))
+    if count < 2:
+        return Interval(float(per_question[0]) if count else math.nan, math.nan)
+    half_width = _Z * np.std(per_question, ddof=1) / math.sqrt(count)
+    return Interval(float(np.mean(per_question)), float(half_width))
 
 
 def paired(first: Float[np.ndarray, " Q"], second: Float[np.ndarray, " _"]) -> Paired:

@@ -46,9 +46,8 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     the exact objective and the modules' agreement.
     """
     samples = len(records[0].scores)
-    measures = per_question(records, [samples])
     figures: dict[str, float] = {}
-    for name, values in measures.items():
+    for name, values in per_question(records, [samples]).items():
         mean, half_width = interval(values)
         figures[f"val/{name}"] = mean
         if name.startswith(("avg@", "objective")) and math.isfinite(half_width):
@@ -58,9 +57,8 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     figures["val/response_length/clip_ratio"] = float(np.mean([r.truncated for r in records]))
     failed = sum(failure != "" for record in records for failure in record.failures)
     figures["val/verifier_failures"] = float(failed)
-    for k, value in enumerate(_agreement(records)):
-        figures[f"val/agreement_{k + 1}"] = value
-    return figures
+    agreement = {f"val/agreement_{k + 1}": x for k, x in enumerate(_agreement(records))}
+    return figures | agreement
 
 
 def per_question(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.ndarray]:
@@ -96,13 +94,10 @@ def per_question(records: Sequence[Record], ks: Sequence[int]) -> dict[str, np.n
 
 
 def require_ks(ks: Sequence[int], samples: int, *, majorities: bool) -> None:
-    """Refuses every k for which pass@k or maj@k cannot be computed.
+    """Refuses every k for which pass@k, or maj@k if `majorities`, cannot be computed.
 
-    Args:
-        ks: k of pass@k and maj@k.
-        samples: n, answers a question.
-        majorities: whether maj@k is computed too. It needs a verifier that returns the answer it
-            reads; a user's function does not.
+    `samples` is n, answers a question. maj@k needs a verifier that returns the answer it reads; a
+    user's function does not.
 
     Raises:
         UserError: a k exceeds n, or maj@k of so many answers cannot be computed.
@@ -122,11 +117,11 @@ def figures_of(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
     lengths = np.array([record.lengths for record in records])
     truncated = np.array([record.truncated for record in records], float).mean(axis=1)
     failures = collections.Counter(failure for record in records for failure in record.failures)
-    intervals = {name: interval(values) for name, values in per_question(records, ks).items()}
+    measures = per_question(records, ks)
     return {
         "questions": len(records),
         "samples": len(records[0].scores),
-        **{name: _to_json(interval) for name, interval in intervals.items()},
+        **{name: _to_json(interval(values)) for name, values in measures.items()},
         "agreement": _agreement(records),
         "response_length": {
             "mean": float(lengths.mean()),
@@ -158,20 +153,20 @@ def evaluation_cells(report: Mapping[str, Any]) -> list[list[str]]:
     rows = dict(report["sets"])
     if "mean" in report:
         rows["mean of sets"] = report["mean"]
-    measures = [name for name in dict.fromkeys(name for f in rows.values() for name in f)]
+    measures = dict.fromkeys(name for figures in rows.values() for name in figures)
     shares = [name for name in measures if "@" in name or name == "objective"]
     cells = [["set", "questions", *shares, "agreement", "tokens", "median", "longest", "truncated"]]
     cells[0].append("not judged")
     for name, figures in rows.items():
         row = [name, f"{figures['questions']:,}" if "questions" in figures else "–"]
-        row += [_percent(_from_json(figures[x])) if x in figures else "–" for x in shares]
+        row += [_percent(figures[x]) if x in figures else "–" for x in shares]
         if "questions" not in figures:
             cells.append([*row, *"––––––"])
             continue
         lengths, failed = figures["response_length"], sum(figures["verifier_failures"].values())
         row.append(" / ".join(f"{100 * x:.1f}" for x in figures["agreement"]) or "–")
         row += [f"{lengths[x]:,.0f}" for x in ("mean", "median", "max")]
-        cells.append([*row, _percent(_from_json(figures["truncated"])), str(failed)])
+        cells.append([*row, _percent(figures["truncated"]), str(failed)])
     columns = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"–"}]
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -208,10 +203,7 @@ def read_evaluation(directory: Path) -> Evaluated:
 def compare_evaluations(first: Evaluated, second: Evaluated, ks: Sequence[int]) -> dict[str, Any]:
     """Compares two policies on the sets that both answered.
 
-    Args:
-        first: evaluation A.
-        second: evaluation B.
-        ks: k of pass@k and maj@k; if empty, the largest k that both evaluations have.
+    `ks` are those of pass@k and maj@k; if empty, the largest k that both evaluations have.
 
     Returns:
         JSON values: "rows", one per set and measure, with both means, the paired difference and the
@@ -236,19 +228,12 @@ def compare_evaluations(first: Evaluated, second: Evaluated, ks: Sequence[int]) 
         for measure in before:
             if measure in after:
                 comparison = paired(before[measure], after[measure])
-                rows.append(
-                    {
-                        "set": name,
-                        "questions": len(a),
-                        "measure": measure,
-                        "a": _to_json(interval(before[measure])),
-                        "b": _to_json(interval(after[measure])),
-                        "difference": _to_json(comparison.difference),
-                        "better": comparison.better,
-                        "worse": comparison.worse,
-                        "equal": comparison.equal,
-                    }
-                )
+                row: dict[str, Any] = {"set": name, "questions": len(a), "measure": measure}
+                row["a"] = _to_json(interval(before[measure]))
+                row["b"] = _to_json(interval(after[measure]))
+                row |= comparison._asdict()
+                row["difference"] = _to_json(comparison.difference)
+                rows.append(row)
     result: dict[str, Any] = {"a": str(first.directory), "b": str(second.directory), "rows": rows}
     if len(names) > 1:
         differences = [_from_json(row["difference"]) for row in rows if row["measure"] == "avg"]
@@ -266,12 +251,10 @@ def comparison_cells(comparison: Mapping[str, Any]) -> list[list[str]]:
     cells = [["set", "measure", "questions", "A", "B", "B - A", "better/worse/equal"]]
     for row in comparison["rows"]:
         counts = f"{row['better']}/{row['worse']}/{row['equal']}"
-        a, b = _percent(_from_json(row["a"])), _percent(_from_json(row["b"]))
-        difference = _difference(_from_json(row["difference"]))
-        questions = f"{row['questions']:,}"
-        cells.append([row["set"], row["measure"], questions, a, b, difference, counts])
+        values = [_percent(row["a"]), _percent(row["b"]), _difference(row["difference"])]
+        cells.append([row["set"], row["measure"], f"{row['questions']:,}", *values, counts])
     if "mean" in comparison:
-        difference = _difference(_from_json(comparison["mean"]["difference"]))
+        difference = _difference(comparison["mean"]["difference"])
         cells.append(["mean of sets", "avg", "–", "–", "–", difference, "–"])
     return cells
 
@@ -319,21 +302,18 @@ def _to_json(interval: Interval) -> dict[str, float | None]:
     return {"mean": mean, "half_width": half if math.isfinite(half) else None}
 
 
-def _from_json(value: Mapping[str, float | None]) -> Interval:
-    mean, half = value["mean"], value["half_width"]
-    return Interval(math.nan if mean is None else mean, math.nan if half is None else half)
+def _from_json(value: Mapping[str, Any]) -> Interval:
+    half = value["half_width"]
+    return Interval(value["mean"], math.nan if half is None else half)
 
 
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.mean:.1f}{_plus_minus(interval)}"
+def _percent(value: Mapping[str, Any], form: str = ".1f") -> str:
+    mean, half = _from_json(value)
+    plus_minus = f" ± {100 * half:.1f}" if math.isfinite(half) else ""
+    return f"{round(100 * mean, 1) + 0.0:{form}}{plus_minus}"
 
 
-def _difference(interval: Interval) -> str:
-    excludes_zero = abs(interval.mean) > interval.half_width  # False if there is no interval
-    mark = "*" if excludes_zero else ""
-    return f"{round(100 * interval.mean, 1) + 0.0:+.1f}{_plus_minus(interval)}{mark}"
-
-
-def _plus_minus(interval: Interval) -> str:
-    half = interval.half_width
-    return f" ± {100 * half:.1f}" if math.isfinite(half) else ""
+def _difference(value: Mapping[str, Any]) -> str:
+    mean, half = _from_json(value)
+    mark = "*" if abs(mean) > half else ""  # none if there is no interval, as half is NaN
+    return f"{_percent(value, '+.1f')}{mark}"

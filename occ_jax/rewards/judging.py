@@ -23,10 +23,8 @@ _DEFAULTS = {
     **dict.fromkeys(("reverse_digits", "sort_digits", "addition"), "exact_match"),
     "chained_sum": "last_step",
     "dapo_math_17k": "math_dapo_strict",
-    **dict.fromkeys(
-        ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench"), "math_verify"
-    ),
-    **dict.fromkeys(("gsm8k_train", "gsm8k_test"), "math_verify"),
+    **dict.fromkeys(("aime24", "aime25", "amc23", "gsm8k_train", "gsm8k_test"), "math_verify"),
+    **dict.fromkeys(("math500", "minerva", "olympiadbench"), "math_verify"),
 }
 
 
@@ -84,13 +82,6 @@ def judge_completions(
     end-of-sequence token was cut by the length limit. Unless `reward.truncated` is judged, it is
     wrong and no verifier reads it.
 
-    Args:
-        pool: of `config`.
-        config: sections reward, task, dataset.
-        tokenizer: of the completions.
-        examples: P problems.
-        completions: token ids.
-
     Returns:
         Scores, 1 for a right completion and 0 for a wrong one; and the verdicts on all P·G, prompt
         by prompt.
@@ -107,8 +98,9 @@ def judge_completions(
             text = tokenizer.decode(judged_ids)
             items.append(Item(verifier, text, example.answer, _problem_record(example)))
     verdicts = pool.judge(items)
-    scores, given, failures = np.zeros(count, np.float32), [None] * count, [""] * count
-    judged = Judged(scores, given, failures, verdicts.seconds, verdicts.num_judged)
+    judged = verdicts._replace(
+        scores=np.zeros(count, np.float32), given=[None] * count, failures=[""] * count
+    )
     for index, row in enumerate(judged_rows):
         judged.scores[row] = verdicts.scores[index]
         judged.given[row], judged.failures[row] = verdicts.given[index], verdicts.failures[index]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 # Separators of groups of three digits. The library itself handles a plain comma.
 _GROUPS = r"\\,|\\ |~| |\{,\}|,\\!\s*"
-_GROUPED = re.compile(rf"(?<![\w.])[1-9]\d{{0,2}}(?P<by>{_GROUPS})\d{{3}}(?:(?P=by)\d{{3}})*(?!\d)")
-_GROUPED_BY_COMMAS = re.compile(
-    rf"(?<![\w.])[1-9]\d{{0,2}}(?P<by>,|{_GROUPS})\d{{3}}(?:(?P=by)\d{{3}})*(?!\d)"
+_GROUPED, _GROUPED_BY_COMMAS = (
+    re.compile(rf"(?<![\w.])[1-9]\d{{0,2}}(?P<by>{by})\d{{3}}(?:(?P=by)\d{{3}})*(?!\d)")
+    for by in (_GROUPS, f",|{_GROUPS}")
 )
 
 _FORMULA = re.compile(
@@ -54,7 +53,7 @@ _PROPER = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _INTEGERS = re.compile(r"\\frac\{\s*[+-]?\d+\s*\}\{\s*[+-]?\d+\s*\}")
 
 _TEXT = r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{([^{}]*)\}"
-_TOKEN = re.compile(
+_TOKEN = re.compile(  # group 1: the content, if it is text
     rf"{_TEXT}|\\(?:begin|end)\s*\{{[^{{}}]*\}}(?:\{{[clr|]*\}})?|\\sqrt\s*\[[^\]]*\]|"
     r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|\s+|.",
     re.DOTALL,
@@ -192,13 +191,11 @@ def _from_boxes(text: str, last: int) -> str | None:
 
 def _unboxed(content: str) -> str:
     """Removes boxes around the whole content; empty if it holds other boxes."""
-    while (inner := _closed_boxes(content)) and inner[0].content and content == _text_of(inner[0]):
-        content = inner[0].content
+    while (boxes := _closed_boxes(content)) and (inner := boxes[0].content):
+        if content != f"\\boxed{{{inner}}}":
+            break
+        content = inner
     return "" if _BOX.search(content) else content
-
-
-def _text_of(box: _Box) -> str:
-    return f"\\boxed{{{box.content}}}"
 
 
 def _closed_boxes(text: str) -> list[_Box]:
@@ -272,7 +269,8 @@ def _add_product_signs(latex: str) -> str | None:
     # For each open group, missing arguments and `ended` after it; None if it is no argument.
     open_groups: list[tuple[int, str | None]] = []
     ended, after, missing, command = "", "", 0, False
-    for token, text, start in _tokens(latex):
+    for match in _TOKEN.finditer(latex):
+        token, text = match[0], match[1]
         if token in _SPACES or token.isspace() or (text is not None and not text.strip()):
             out.append(token)
             continue
@@ -281,7 +279,7 @@ def _add_product_signs(latex: str) -> str | None:
             open_groups.append((0, None))
             out.append(token)
             continue
-        sign = "" if argument or not ended else _product_sign(latex, token, start, ended)
+        sign = "" if argument or not ended else _product_sign(latex, token, match.start(), ended)
         if sign is None or _BOX.fullmatch(token):
             return None
         out += [sign, token]
@@ -313,24 +311,14 @@ def _product_sign(latex: str, token: str, start: int, ended: str) -> str | None:
     if ended == "number" and (_NUMERAL.match(token) or token in ("[", "_")):
         return None
     if ended == "number" and _INTEGERS.match(latex, start):
-        return "" if _is_proper(latex, start) else None
+        proper = _PROPER.match(latex, start)
+        return "" if proper and 0 < int(proper[1]) < int(proper[2]) else None
     opens = _NUMERAL.match(token) or token in ("(", "[", r"\{", r"\frac", r"\binom")
     return r"\cdot " if opens else ""
 
 
 def _has_words_beside_numbers(latex: str) -> bool:
     r"""Whether the library would delete a second answer like a unit: 34 \text{ or 12}."""
-    tokens = list(_tokens(latex))
-    doubtful = any(text is not None and _DOUBTFUL_TEXT.search(text) for _, text, _ in tokens)
-    return doubtful and any(_NUMERAL.match(token) for token, _, _ in tokens)
-
-
-def _tokens(latex: str) -> Iterator[tuple[str, str | None, int]]:
-    """Yields each token, its content if it is text, and its start."""
-    for token in _TOKEN.finditer(latex):
-        yield token[0], token[1], token.start()
-
-
-def _is_proper(latex: str, start: int) -> bool:
-    fraction = _PROPER.match(latex, start)
-    return fraction is not None and 0 < int(fraction[1]) < int(fraction[2])
+    tokens = list(_TOKEN.finditer(latex))
+    doubtful = any(_DOUBTFUL_TEXT.search(token[1] or "") for token in tokens)
+    return doubtful and any(_NUMERAL.match(token[0]) for token in tokens)

@@ -90,17 +90,12 @@ class VerifierPool:
     """
 
     def __init__(self, verifiers: Sequence[str], config: RewardConfig) -> None:
-        """Starts the workers and waits until they are ready.
-
-        Args:
-            verifiers: names of the verifiers of all items.
-            config: workers, deadline, memory limit.
+        """Starts the workers and waits until they are ready; `verifiers` are those of all items.
 
         Raises:
             UserError: a user's function cannot be imported, or no worker starts.
         """
-        self._verifiers = tuple(dict.fromkeys(verifiers))
-        self._config = config
+        self._verifiers, self._config = tuple(dict.fromkeys(verifiers)), config
         count = config.workers
         self._count = min(os.cpu_count() or 1, _MAX_WORKERS) if count is None else count
         self._selector = selectors.DefaultSelector()
@@ -147,21 +142,17 @@ class VerifierPool:
             while len(results) < len(items):
                 for worker in self._workers:
                     if waiting and worker.idle:
-                        worker.assign(_chunk(items, waiting, self._count), self._config.deadline_s)
+                        worker.assign(*_chunk(items, waiting, self._count))
                 self._turn(waiting, results)
         except BaseException:
             _stop_all(self._selector, self._workers, close_selector=False)
             raise
         seconds = time.monotonic() - started
-        _report_failures(items, results)
         ordered = [results[index] for index in range(len(items))]
-        return Judged(
-            scores=np.array([result.score for result in ordered], np.float32),
-            given=[result.given for result in ordered],
-            failures=[result.failed for result in ordered],
-            seconds=seconds,
-            num_judged=len(items),
-        )
+        _report_failures(items, ordered)
+        scores = np.array([result.score for result in ordered], np.float32)
+        given, failures = [r.given for r in ordered], [r.failure for r in ordered]
+        return Judged(scores, given, failures, seconds, num_judged=len(items))
 
     def _refill(self) -> None:
         if not self._stop.alive:
@@ -192,14 +183,16 @@ class VerifierPool:
 
     def _take(self, worker: _Worker, message: Any, results: dict[int, _Result]) -> None:
         if worker.ready:
-            results[worker.tasks.popleft()] = _Result(*message)
-            worker.restart_clock(self._config.deadline_s)
+            score, given, error = message
+            failure = "" if error is None else "error"
+            results[worker.tasks.popleft()] = _Result(score, given, error, failure)
+            worker.restart_clock()
             return
         kind, text = message
         if kind == "refused":
             raise UserError(text)
         self._failed_starts = 0
-        worker.become_ready()
+        worker.ready, worker.due = True, math.inf
 
     def _replace(
         self,
@@ -227,12 +220,7 @@ class _Result(NamedTuple):
     score: float
     given: str | None
     error: str | None
-    failure: str = ""
-
-    @property
-    def failed(self) -> str:
-        """The kind of failure; empty if there is a verdict."""
-        return self.failure or ("error" if self.error is not None else "")
+    failure: str  # as in `Judged`
 
 
 class _Worker:
@@ -254,6 +242,7 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C is the trainer's; a group is killed as one
             )
         self.socket.setblocking(False)
+        self._deadline = config.deadline_s
         self.ready = self.closed = False
         self.tasks: collections.deque[int] = collections.deque()
         self.due = time.monotonic() + _START_SECONDS
@@ -272,27 +261,21 @@ class _Worker:
     def sending(self) -> bool:
         return len(self._outgoing) > 0
 
-    def become_ready(self) -> None:
-        self.ready, self.due = True, math.inf
-
-    def assign(self, chunk: tuple[list[int], bytes], deadline: float) -> None:
-        indices, message = chunk
+    def assign(self, indices: list[int], message: bytes) -> None:
         self.tasks.extend(indices)
         self._outgoing = memoryview(LENGTH.pack(len(message)) + message)
-        self.due = time.monotonic() + deadline
+        self.restart_clock()
 
-    def restart_clock(self, deadline: float) -> None:
-        self.due = time.monotonic() + deadline if self.tasks else math.inf
+    def restart_clock(self) -> None:
+        self.due = time.monotonic() + self._deadline if self.tasks else math.inf
 
     def write(self) -> bool:
         """Sends as much as the socket takes; False if the worker has closed its end."""
         try:
             while self._outgoing:
                 self._outgoing = self._outgoing[self.socket.send(self._outgoing) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
         return True
 
     def read(self) -> Iterator[Any]:
@@ -301,13 +284,10 @@ class _Worker:
             while part := self.socket.recv(2**16):
                 self._incoming += part
             self.closed = True
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.closed = True
+        except OSError as error:
+            self.closed = not isinstance(error, BlockingIOError)
         while len(self._incoming) >= LENGTH.size:
-            (size,) = LENGTH.unpack_from(self._incoming)
-            end = LENGTH.size + size
+            end = LENGTH.size + LENGTH.unpack_from(self._incoming)[0]
             if len(self._incoming) < end:
                 return
             message = pickle.loads(bytes(self._incoming[LENGTH.size : end]))
@@ -356,26 +336,25 @@ def _chunk(
     return indices, pickle.dumps(packed)
 
 
-def _report_failures(items: Sequence[Item], results: Mapping[int, _Result]) -> None:
+def _report_failures(items: Sequence[Item], results: Sequence[_Result]) -> None:
     """Logs one line about each verifier's failures.
 
     Raises:
         UserError: a user's function failed on all its items.
     """
-    counts: collections.Counter[str] = collections.Counter(item.verifier for item in items)
-    failed: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        if results[index].failed:
-            failed.setdefault(item.verifier, []).append(index)
-    for verifier, indices in failed.items():
-        kinds = collections.Counter(results[index].failed for index in indices)
-        first = items[indices[0]]
-        problem = f" on {first.record['id']}" if "id" in first.record else ""
-        result = results[indices[0]]
+    counts = collections.Counter(item.verifier for item in items)
+    failed: dict[str, list[tuple[Item, _Result]]] = {}
+    for item, result in zip(items, results, strict=True):
+        if result.failure:
+            failed.setdefault(item.verifier, []).append((item, result))
+    for verifier, failures in failed.items():
+        kinds = collections.Counter(result.failure for _, result in failures)
+        item, result = failures[0]
+        problem = f" on {item.record['id']}" if "id" in item.record else ""
         text = (result.error or _CAUSES[result.failure].format(verifier)) + problem
-        share = f"{len(indices)} of {counts[verifier]}"
-        if ":" in verifier and len(indices) == counts[verifier]:
-            raise UserError(f"no verdict of {share}: {text}" if len(indices) > 1 else text)
+        share = f"{len(failures)} of {counts[verifier]}"
+        if ":" in verifier and len(failures) == counts[verifier]:
+            raise UserError(f"no verdict of {share}: {text}" if len(failures) > 1 else text)
         listed = ", ".join(f"{name} {kinds[kind]}" for kind, name in _PLURAL.items() if kinds[kind])
         _LOG.warning("%s verdicts failed (%s), the first: %s", share, listed, text)
 
@@ -385,16 +364,13 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Metrics of judging some batches: time, throughput and failures of verifiers.
 
-    Args:
-        batches: that this process has judged.
-        gather: from this process's row of figures [1, 5] to the rows of all processes. They judge
-            at the same time, so the metrics are the maximum of seconds and the sums of the rest.
+    `gather` maps this process's row of figures [1, 5] to the rows of all processes. They judge at
+    the same time, so the metrics are the maximum of seconds and the sums of the rest.
     """
     seconds = sum(judged.seconds for judged in batches)
     num_judged = sum(judged.num_judged for judged in batches)
     counts = collections.Counter(failure for judged in batches for failure in judged.failures)
-    kinds = ("timeout", "death", "error")
-    figures = gather(np.array([[seconds, num_judged, *(counts[kind] for kind in kinds)]]))
+    figures = gather(np.array([[seconds, num_judged, *(counts[kind] for kind in _PLURAL)]]))
     seconds = float(figures[:, 0].max())
     items, timeouts, deaths, errors = figures[:, 1:].sum(axis=0).tolist()
     return {

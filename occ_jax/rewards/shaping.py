@@ -11,11 +11,7 @@ from jaxtyping import Bool, Float, Integer, Real
 
 
 def overlong_penalty(
-    lengths: Integer[np.ndarray, "..."],
-    *,
-    max_tokens: int,
-    buffer_tokens: int,
-    factor: float = 1.0,
+    lengths: Integer[np.ndarray, "..."], *, max_tokens: int, buffer_tokens: int, factor: float = 1.0
 ) -> Float[np.ndarray, "..."]:
     """Penalises completions that reach the last `buffer_tokens` before the length limit.
 

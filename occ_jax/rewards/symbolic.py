@@ -113,29 +113,27 @@ def _parse(answer: str) -> list[Any]:
 @functools.lru_cache(maxsize=256)
 def _gold(answer: str) -> _Gold:
     parsed = _parse(answer)
-    zeros = max(0, -math.floor(math.log10(_smallest(parsed[:1]))))
+    smallest = _smallest(parsed[0]) if parsed else 1.0
+    zeros = max(0, -math.floor(math.log10(smallest)))
     places = max(_LIBRARY_PLACES, zeros + _EXTRA_PLACES)
     return _Gold(parsed, places, max(_LIBRARY_DIGITS, zeros + _EXTRA_DIGITS))
 
 
-def _smallest(gold: list[Any]) -> float:
+def _smallest(gold: Any) -> float:
     """The smallest magnitude above 0 of the numbers in a gold answer; at most 1."""
     smallest = 1.0
-    for expression in gold:
-        if isinstance(expression, str):
-            continue
-        if isinstance(expression, MatrixBase):
-            parts = expression.flat()
-        else:
-            parts = [expression] if getattr(expression, "is_number", False) else expression.args
-        for part in parts:
-            if getattr(part, "is_number", False):
-                try:
-                    magnitude = abs(complex(part.evalf()))
-                except (TypeError, ValueError, OverflowError):
-                    continue
-                if magnitude > 0:
-                    smallest = min(smallest, magnitude)
+    if isinstance(gold, MatrixBase):
+        parts = gold.flat()
+    else:
+        parts = [gold] if getattr(gold, "is_number", False) else getattr(gold, "args", ())
+    for part in parts:
+        if getattr(part, "is_number", False):
+            try:
+                magnitude = abs(complex(part.evalf()))
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if magnitude > 0:
+                smallest = min(smallest, magnitude)
     return smallest
 
 

@@ -54,10 +54,8 @@ _DIGITS = re.compile(r"\d+")
 class Verdict(NamedTuple):
     """The result of a verifier for one completion."""
 
-    score: float
-    """1 for a right completion, 0 for a wrong one; a user's function may return other numbers."""
-    given: str | None
-    """The normalised answer that the completion gives; maj@k counts votes by it."""
+    score: float  # 1 if right, 0 if wrong; a user's function may return other numbers
+    given: str | None  # the normalised answer of the completion; maj@k counts votes by it
 
 
 def exact_match(completion: str, answer: str) -> Verdict:

@@ -11,7 +11,6 @@ has the other side of the protocol. A message is a pickle after its length in 8 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import pickle
 import resource
@@ -20,7 +19,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from occ_jax.errors import UserError
 from occ_jax.rewards import user, verifiers
@@ -47,14 +46,17 @@ def main(settings: Settings) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     # RLIMIT_DATA and not RLIMIT_AS, as libraries reserve far more address space than they use.
     _limit(resource.RLIMIT_DATA, settings.memory)
-    with socket.socket(fileno=settings.descriptor) as connection:
+    with (
+        socket.socket(fileno=settings.descriptor) as connection,
+        connection.makefile("rb") as incoming,
+    ):
         try:
             judges = {name: _load(name) for name in settings.verifiers}
         except UserError as error:
             _send(connection, ("refused", str(error)))
             return
         _send(connection, ("ready", None))
-        while (items := _receive(connection)) is not None:
+        while (items := _receive(incoming)) is not None:
             for item in items:
                 if grace:
                     signal.setitimer(signal.ITIMER_REAL, grace)
@@ -72,30 +74,25 @@ def _die_with(parent: int) -> bool:
     """
     if sys.platform != "linux":
         return False
-    requested = (
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
-    )
+    requested = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
     if os.getppid() != parent:  # the parent ended before the request
         os._exit(1)
     return requested
 
 
 def _load(name: str) -> Judge:
+    if ":" in name:
+        function = user.load_function(name)
+
+        def judge(completion: str, answer: str, record: Mapping[str, Any]) -> Verdict:
+            return Verdict(user.call(name, function, completion, answer, record), None)
+
+        return judge
     if name == "math_verify":
-        from occ_jax.rewards.symbolic import math_verify
-
-        return _without_record(math_verify)
-    if ":" not in name:
-        return _without_record(getattr(verifiers, name))
-    return functools.partial(_judge_by_user, name, user.load_function(name))
-
-
-def _without_record(verifier: Callable[[str, str], Verdict]) -> Judge:
+        from occ_jax.rewards.symbolic import math_verify as verifier
+    else:
+        verifier = getattr(verifiers, name)
     return lambda completion, answer, _: verifier(completion, answer)
-
-
-def _judge_by_user(name: str, function: user.UserFunction, *arguments: Any) -> Verdict:
-    return Verdict(user.call(name, function, *arguments), None)
 
 
 def _judged(judges: dict[str, Judge], item: bytes) -> tuple[float, str | None, str | None]:
@@ -122,18 +119,11 @@ def _send(connection: socket.socket, message: Any) -> None:
     connection.sendall(LENGTH.pack(len(data)) + data)
 
 
-def _receive(connection: socket.socket) -> Any:
+def _receive(incoming: BinaryIO) -> Any:
     """The next message, or None if the pool has closed its end."""
-    header = _read(connection, LENGTH.size)
-    data = None if header is None else _read(connection, *LENGTH.unpack(header))
-    return None if data is None else pickle.loads(data)
-
-
-def _read(connection: socket.socket, count: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < count:
-        part = connection.recv(min(count - len(data), 2**20))
-        if not part:
-            return None
-        data += part
-    return bytes(data)
+    header = incoming.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    (size,) = LENGTH.unpack(header)
+    data = incoming.read(size)
+    return pickle.loads(data) if len(data) == size else None
