@@ -1,8 +1,6 @@
 """The model (trunk, MTP modules, caches) as pure functions of a parameter tree."""
 
-from occ_jax.models.attention import (
-    KVCache as KVCache,
-)
+from occ_jax.models.attention import KVCache as KVCache
 from occ_jax.models.huggingface import (
     load_pretrained as load_pretrained,
     read_config as read_config,

@@ -15,12 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from occ_jax.config import ModelConfig
-from occ_jax.models.kernels import (
-    attend_by_lengths,
-    attend_by_splash,
-    attend_in_pieces,
-    choose_kernel,
-)
+from occ_jax.models import kernels
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
 from occ_jax.parallel.sharding import DimNames, constrain
@@ -66,13 +61,15 @@ def attend(
     arrays, factor = (query, key, value), width**-0.5 if scale is None else scale
     # With a cache the queries are few and the scores are not square: no kernel is made for that.
     whole = isinstance(columns.index, int) and query.shape[1] == key.shape[1]
-    kernel = choose_kernel(config.attention_kernel, query.dtype, width) if whole else "plain"
+    kernel = (
+        kernels.choose_kernel(config.attention_kernel, query.dtype, width) if whole else "plain"
+    )
     if kernel == "splash":
-        out = attend_by_splash(*arrays, columns.valid, factor, BY_HEAD)
+        out = kernels.attend_by_splash(*arrays, columns.valid, factor, BY_HEAD)
     elif kernel == "cudnn":
-        out = attend_by_lengths(*arrays, columns.valid, factor, "cudnn")
+        out = kernels.attend_by_lengths(*arrays, columns.valid, factor, "cudnn")
     elif whole and 0 < config.attention_columns < query.shape[1]:
-        out = attend_in_pieces(*arrays, columns.valid, factor, config.attention_columns)
+        out = kernels.attend_in_pieces(*arrays, columns.valid, factor, config.attention_columns)
     else:
         mask = attention_mask(columns)[:, None]
         out = jax.nn.dot_product_attention(*arrays, mask=mask, scale=scale)
@@ -96,8 +93,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         size, heads = config.hidden_size, config.num_heads * config.head_dim
-        kv_heads = config.num_kv_heads * config.head_dim
-        bias = config.qkv_bias
+        kv_heads, bias = config.num_kv_heads * config.head_dim, config.qkv_bias
         self.query = linear(config, size, heads, rngs, use_bias=bias)
         self.key = linear(config, size, kv_heads, rngs, use_bias=bias)
         self.value = linear(config, size, kv_heads, rngs, use_bias=bias)

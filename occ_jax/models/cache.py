@@ -13,6 +13,13 @@ from occ_jax.models.delta_net import STATE, WINDOW, DeltaState
 from occ_jax.models.latent_attention import LATENT, LatentCache
 from occ_jax.parallel.sharding import DimNames, constrain, spec_of
 
+# For every kind of cache, the names of the dimensions of its arrays.
+_NAMES: dict[Any, tuple[DimNames, DimNames]] = {
+    KVCache: (BY_HEAD, BY_HEAD),
+    LatentCache: (LATENT, LATENT),
+    DeltaState: (WINDOW, STATE),
+}
+
 
 def extend(cache: Any, *, copies: int, columns: int) -> Any:
     """Repeats every row `copies` times, side by side, and adds room for `columns` more columns.
@@ -22,32 +29,20 @@ def extend(cache: Any, *, copies: int, columns: int) -> Any:
         copies: G, completions per prompt.
         columns: columns that will be written later; a state of fixed size needs no room for them.
     """
-    match cache:
-        case KVCache():
-            return KVCache(*(_extend(x, BY_HEAD, copies, columns) for x in cache))
-        case LatentCache():
-            return LatentCache(*(_extend(x, LATENT, copies, columns) for x in cache))
-        case DeltaState(window, state):
-            return DeltaState(_extend(window, WINDOW, copies, 0), _extend(state, STATE, copies, 0))
-        case _:
-            return type(cache)(extend(part, copies=copies, columns=columns) for part in cache)
+    kind = type(cache)
+    if kind not in _NAMES:
+        return kind(extend(part, copies=copies, columns=columns) for part in cache)
+    columns = 0 if kind is DeltaState else columns
+    return kind(*(_extend(x, n, copies, columns) for x, n in zip(cache, _NAMES[kind], strict=True)))
 
 
 def cache_shardings(mesh: Mesh, cache: Any) -> Any:
     """A sharding for every array of a cache, or of a list or tuple of caches."""
-    match cache:
-        case KVCache():
-            names = (BY_HEAD, BY_HEAD)
-        case LatentCache():
-            names = (LATENT, LATENT)
-        case DeltaState():
-            names = (WINDOW, STATE)
-        case _:
-            return type(cache)(cache_shardings(mesh, part) for part in cache)
-    kind: Any = type(cache)
-    return kind(
-        *(NamedSharding(mesh, spec_of(mesh, n, x.shape)) for n, x in zip(names, cache, strict=True))
-    )
+    kind = type(cache)
+    if kind not in _NAMES:
+        return kind(cache_shardings(mesh, part) for part in cache)
+    specs = (spec_of(mesh, n, x.shape) for x, n in zip(cache, _NAMES[kind], strict=True))
+    return kind(*(NamedSharding(mesh, spec) for spec in specs))
 
 
 def _extend(x: Array, names: DimNames, copies: int, columns: int) -> Array:
@@ -55,6 +50,5 @@ def _extend(x: Array, names: DimNames, copies: int, columns: int) -> Array:
     axis = x.ndim - len(names)
     # With `total_repeat_length` this would be a gather, which collects all rows on every device.
     x = jnp.repeat(x, copies, axis=axis)
-    padding = [(0, 0)] * x.ndim
-    padding[axis + 1] = (0, columns)
+    padding = [(0, columns if dimension == axis + 1 else 0) for dimension in range(x.ndim)]
     return constrain(jnp.pad(x, padding), *names)

@@ -87,8 +87,7 @@ def init_trunk(config: ModelConfig, key: Key[Array, ""]) -> Params:
     stacked = {
         index: {
             offset: init_block(
-                kind,
-                segment.first + offset + len(segment.pattern) * jnp.arange(segment.repeats),
+                kind, segment.first + offset + len(segment.pattern) * jnp.arange(segment.repeats)
             )
             for offset, kind in enumerate(segment.pattern)
         }

@@ -68,9 +68,8 @@ class DeltaNet(nnx.Module):
         self.convolution = nnx.Param(
             draw(rngs.params(), (net.conv_width, channels), jnp.dtype(config.param_dtype))
         )
-        rates = jax.random.uniform(
-            rngs.params(), (net.num_value_heads,), minval=_MIN_RATE, maxval=_MAX_RATE
-        )
+        heads = (net.num_value_heads,)
+        rates = jax.random.uniform(rngs.params(), heads, minval=_MIN_RATE, maxval=_MAX_RATE)
         self.log_rate = nnx.Param(jnp.log(rates))
         self.decay_bias = nnx.Param(jnp.ones(net.num_value_heads))
         self.norm = norm(config, net.value_head_dim, rngs, zero_centered=False)
@@ -83,7 +82,7 @@ class DeltaNet(nnx.Module):
         valid = jax.lax.dynamic_slice_in_dim(columns.valid, columns.index, x.shape[1], axis=1)
         x = jnp.where(valid[..., None], x, 0)
         if cache is None:
-            cache = empty_state(self.config, x.shape[0])
+            cache = self._empty(x.shape[0])
         mixed, window = self._convolve(self.qkv(x), cache.window)
         signals = self._signals(x, mixed, valid)
         if x.shape[1] == 1:
@@ -95,6 +94,13 @@ class DeltaNet(nnx.Module):
         out = out.astype(x.dtype).reshape(*x.shape[:2], -1)
         window = constrain(window.astype(cache.window.dtype), *WINDOW)
         return self.output(out), DeltaState(window, constrain(state, *STATE))
+
+    def _empty(self, rows: int) -> DeltaState:
+        """The state before the first column."""
+        net, (width, channels) = self.net, self.convolution.shape
+        state = (rows, net.num_value_heads, net.key_head_dim, net.value_head_dim)
+        window = jnp.zeros((rows, width - 1, channels), self.config.dtype)
+        return DeltaState(window, jnp.zeros(state, jnp.float32))
 
     def _convolve(self, x: Array, window: Array) -> tuple[Array, Array]:
         """Applies silu(causal convolution per channel); returns the next window as well."""
@@ -114,8 +120,7 @@ class DeltaNet(nnx.Module):
         rate = jnp.exp(self.log_rate[...].astype(jnp.float32))[None, None]
         bias = self.decay_bias[...].astype(jnp.float32)[None, None]
         decay = -rate * jax.nn.softplus(self.decay(x).astype(jnp.float32) + bias)
-        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
-        real = valid[..., None]
+        beta, real = jax.nn.sigmoid(self.beta(x).astype(jnp.float32)), valid[..., None]
         signals = Signals(
             query=jnp.repeat(query, shared, axis=2),
             key=jnp.repeat(key, shared, axis=2),
@@ -126,30 +131,10 @@ class DeltaNet(nnx.Module):
         return Signals(*(constrain(x, *BY_HEAD[: x.ndim]) for x in signals))
 
 
-def empty_state(config: ModelConfig, rows: int) -> DeltaState:
-    """The state before the first column."""
-    net = config.delta_net
-    assert net is not None
-    channels = 2 * net.num_key_heads * net.key_head_dim + net.num_value_heads * net.value_head_dim
-    state = (rows, net.num_value_heads, net.key_head_dim, net.value_head_dim)
-    return DeltaState(
-        jnp.zeros((rows, net.conv_width - 1, channels), config.dtype),
-        jnp.zeros(state, jnp.float32),
-    )
-
-
 def delta_step(
     signals: Signals, state: Float[Array, "B H C X"]
 ) -> tuple[Float[Array, "B 1 H X"], Float[Array, "B H C X"]]:
-    """The recurrence for a single column.
-
-    Args:
-        signals: with T = 1.
-        state: S before the column.
-
-    Returns:
-        o and S after the column.
-    """
+    """The recurrence for a single column (T = 1), from S before it to o and S after it."""
     query, key, value, log_decay, beta = (part[:, 0] for part in signals)
     state = jnp.exp(log_decay)[..., None, None] * state
     correction = beta[..., None] * (value - jnp.einsum("bhcx,bhc->bhx", state, key))

@@ -50,10 +50,8 @@ def soft_cross_entropy(
     Source:
         Hinton, Vinyals and Dean, arXiv 1503.02531, section 2, at temperature 1.
     """
-    teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
-    return _cross_entropy(
-        jax.nn.softmax(teacher), jax.nn.log_softmax(student_logits.astype(jnp.float32))
-    )
+    teacher = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
+    return _cross_entropy(teacher, jax.nn.log_softmax(student_logits.astype(jnp.float32)))
 
 
 def _cross_entropy(

@@ -86,8 +86,6 @@ def _outer_products(
         product = jnp.einsum("md,mf->df", part_x, part_y, preferred_element_type=jnp.float32)
         return step + 1, sums.at[group].add(product)
 
-    def has_visits(state: tuple[Array, Array]) -> Array:
-        return state[0] < num_visits
-
     start = (jnp.zeros_like(num_visits), jnp.zeros_like(like, jnp.float32))
-    return jax.lax.while_loop(has_visits, visit, start)[1].astype(like.dtype)
+    _, sums = jax.lax.while_loop(lambda state: state[0] < num_visits, visit, start)
+    return sums.astype(like.dtype)

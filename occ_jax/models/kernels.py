@@ -7,6 +7,7 @@ kernels; no real column reads them.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
@@ -76,13 +77,7 @@ def attend_by_lengths(
 ) -> Float[Array, "B T H C"]:
     """For kernels that support padding on the right only: rotates every row until it is there.
 
-    Args:
-        query: all columns.
-        key: all columns.
-        value: all columns.
-        valid: columns with real tokens, contiguous.
-        scale: factor on the scores.
-        implementation: argument of `jax.nn.dot_product_attention`.
+    `scale` multiplies the scores; `implementation` is for `jax.nn.dot_product_attention`.
     """
     columns = query.shape[1]
     first = jnp.argmax(valid, axis=1)[:, None]
@@ -93,9 +88,7 @@ def attend_by_lengths(
         return jnp.take_along_axis(x, sources[:, :, None, None], axis=1)
 
     out = jax.nn.dot_product_attention(
-        rotate(query, first),
-        rotate(key, first),
-        rotate(value, first),
+        *(rotate(x, first) for x in (query, key, value)),
         scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
@@ -115,13 +108,8 @@ def attend_by_splash(
 ) -> Float[Array, "B T H C"]:
     """The TPU's kernel; every device computes its own rows and heads.
 
-    Args:
-        query: all columns.
-        key: all columns.
-        value: all columns.
-        valid: columns with real tokens; columns without one attend to each other.
-        scale: factor on the scores.
-        names: names of the dimensions of queries, keys and values.
+    `names` are those of the dimensions of queries, keys and values. Columns that are not `valid`
+    attend to each other.
     """
     columns, width = query.shape[1], query.shape[3]
     block = min(_BLOCK, math.ceil(columns / _LANES) * _LANES)
@@ -131,11 +119,7 @@ def attend_by_splash(
     query = (query * scale).astype(query.dtype)
     query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
     segments = jnp.pad(valid, padding[:2]).astype(jnp.int32)
-    interpret = _platform() != "tpu"
-
-    def run(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        return _splash_rows(query, key, value, segments, block=block, interpret=interpret)
-
+    run = functools.partial(_splash_rows, block=block, interpret=_platform() != "tpu")
     mesh = current_mesh()
     if mesh is not None:
         specs = [spec_of(mesh, names, x.shape) for x in (query, key, value)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from occ_jax.config import LatentAttentionConfig, ModelConfig
+from occ_jax.config import ModelConfig
 from occ_jax.models.attention import BY_HEAD, Columns, attend, write_columns
 from occ_jax.models.layers import linear, norm
 from occ_jax.models.rope import rotary, rotate
@@ -83,39 +83,28 @@ class LatentAttention(nnx.Module):
         shape = (*cache.latents.shape[:2], self.config.num_heads, -1)
         key = constrain(self.key(cache.latents).reshape(shape), *BY_HEAD)
         value = constrain(self.value(cache.latents).reshape(shape), *BY_HEAD)
-        shared = jnp.broadcast_to(
-            cache.keys[:, :, None], (*key.shape[:3], self.latent.rope_head_dim)
-        )
-        return attend(
-            self.config,
-            jnp.concatenate([plain, rotated], axis=-1),
-            jnp.concatenate([key, shared], axis=-1),
-            value,
-            columns,
-            softmax_scale(self.config, self.latent),
-        )
+        shared = jnp.broadcast_to(cache.keys[:, :, None], (*key.shape[:3], cache.keys.shape[-1]))
+        key = jnp.concatenate([key, shared], axis=-1)
+        return self._attend(plain, rotated, key, value, columns)
 
     def _absorbed(
         self, plain: Array, rotated: Array, cache: LatentCache, columns: Columns
     ) -> Float[Array, "B T H X"]:
         """All heads attend to the same latents: fewest bytes read if few columns are queries."""
-        by_head = (self.latent.kv_rank, self.config.num_heads, -1)
-        dtype = plain.dtype
+        by_head, dtype = (self.latent.kv_rank, self.config.num_heads, -1), plain.dtype
         key_up = self.key.kernel[...].astype(dtype).reshape(by_head)
         value_up = self.value.kernel[...].astype(dtype).reshape(by_head)
         folded = jnp.einsum("bthc,xhc->bthx", plain, key_up)
-        mixed = attend(
-            self.config,
-            jnp.concatenate([folded, rotated], axis=-1),
-            jnp.concatenate([cache.latents, cache.keys], axis=-1)[:, :, None].astype(dtype),
-            cache.latents[:, :, None].astype(dtype),
-            columns,
-            softmax_scale(self.config, self.latent),
-        )
+        key = jnp.concatenate([cache.latents, cache.keys], axis=-1)[:, :, None].astype(dtype)
+        value = cache.latents[:, :, None].astype(dtype)
+        mixed = self._attend(folded, rotated, key, value, columns)
         return jnp.einsum("bthx,xhc->bthc", mixed, value_up)
 
-
-def softmax_scale(config: ModelConfig, latent: LatentAttentionConfig) -> float:
-    """(head dimension)^-0.5, times YaRN's factor."""
-    factor = config.yarn.softmax_factor if config.yarn is not None else 1.0
-    return factor * (latent.nope_head_dim + latent.rope_head_dim) ** -0.5
+    def _attend(
+        self, plain: Array, rotated: Array, key: Array, value: Array, columns: Columns
+    ) -> Array:
+        """Attention with scores times (head dimension)^-0.5 and YaRN's factor."""
+        query, yarn = jnp.concatenate([plain, rotated], axis=-1), self.config.yarn
+        factor = 1.0 if yarn is None else yarn.softmax_factor
+        scale = factor * (self.latent.nope_head_dim + self.latent.rope_head_dim) ** -0.5
+        return attend(self.config, query, key, value, columns, scale)

@@ -88,7 +88,7 @@ def norm(
     size: int,
     rngs: nnx.Rngs,
     *,
-    zero_centered: bool | None = None,
+    zero_centered: bool = True,
     epsilon: float | None = None,
 ) -> RMSNorm:
     """RMSNorm with a learned scale.
@@ -97,19 +97,15 @@ def norm(
         config: epsilon, dtypes and the kind of scale.
         size: size of the last dimension, which is normalised.
         rngs: not used, but Flax requires it.
-        zero_centered: whether to multiply by 1 + scale; None for the config's value.
+        zero_centered: False to multiply by scale even if the config says 1 + scale.
         epsilon: added to the mean square; None for the config's value.
 
     Source:
         Zhang and Sennrich, arXiv 1910.07467.
     """
-    if zero_centered is None:
-        zero_centered = config.zero_centered_norm
-    kind: dict[str, Any] = (
-        {"scale_init": nnx.initializers.zeros_init(), "promote_dtype": _promote_one_plus}
-        if zero_centered
-        else {}
-    )
+    kind: dict[str, Any] = {}
+    if zero_centered and config.zero_centered_norm:
+        kind = {"scale_init": nnx.initializers.zeros_init(), "promote_dtype": _promote_one_plus}
     return RMSNorm(
         config.dtype,
         size,

@@ -61,11 +61,8 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "N D"]) -> Routing:
         moe = self.moe
-        logits = jnp.dot(
-            x.astype(jnp.float32),
-            self.kernel[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        kernel = self.kernel[...].astype(jnp.float32)
+        logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
         if moe.router == "softmax":
             weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), moe.experts_per_token)
         else:
@@ -206,14 +203,10 @@ def _on_devices(
         return jax.lax.psum(out, "tensor") if is_partial else out, chosen
 
     # The flat tokens are split evenly. If the row shards divide the rows, no token moves.
-    tokens, shards = x.shape[0], math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    out, chosen = jax.shard_map(
-        one_device, in_specs=(P(), specs, P(ROW_AXES)), out_specs=(P(ROW_AXES), P(ROW_AXES))
-    )(
-        nnx.to_pure_dict(nnx.state(router, nnx.Param)),
-        weights,
-        jnp.pad(x, [(0, -tokens % shards), (0, 0)]),
-    )
+    rows, shards = P(ROW_AXES), math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    run = jax.shard_map(one_device, in_specs=(P(), specs, rows), out_specs=(rows, rows))
+    router_weights, tokens = nnx.to_pure_dict(nnx.state(router, nnx.Param)), x.shape[0]
+    out, chosen = run(router_weights, weights, jnp.pad(x, [(0, -tokens % shards), (0, 0)]))
     return out[:tokens], chosen[:tokens]
 
 

@@ -7,7 +7,6 @@ token, and its last R states predict the R response columns: no mask is shifted,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -84,14 +83,9 @@ def auxiliary_states(
     Returns:
         K arrays [B, R, D].
     """
-    depth = model.config.num_mtp_modules
+    depth, positions = model.config.num_mtp_modules, column_positions(valid)[:, :-2]
     states = model.mtp_states(
-        params,
-        mtp_input[:, :-1],
-        tokens[:, :-1],
-        column_positions(valid)[:, :-2],
-        valid[:, :-1],
-        depth,
+        params, mtp_input[:, :-1], tokens[:, :-1], positions, valid[:, :-1], depth
     )
     return [state[:, -response_tokens:] for state in states]
 
@@ -138,10 +132,10 @@ def score_tokens(
         tokens: int32, the token that each state predicts.
         temperature: divides the logits.
     """
-    logits_of = _head_reader(model, theta, hidden.shape[0])
+    logits_of = _head_reader(model, theta, hidden.shape[0], temperature)
 
     def score(hidden: Array, tokens: Array) -> TokenScores:
-        logits = logits_of(hidden) / temperature
+        logits = logits_of(hidden)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return TokenScores(token_log_probs(logits, tokens), entropy(logits), best)
 
@@ -157,32 +151,27 @@ def distillation_losses(
 ) -> Float[Array, "B R"]:
     """`soft_cross_entropy` of two states under the same head, in pieces like `score_tokens`.
 
-    Args:
-        model: the architecture.
-        theta: trunk parameters; the output head is used.
-        teacher: states of the target distribution, which gets no gradient.
-        student: states of the distribution that is trained.
-        temperature: divides both logits.
+    `temperature` divides both logits. Those of the teacher get no gradient.
     """
-    logits_of = _head_reader(model, theta, student.shape[0])
+    logits_of = _head_reader(model, theta, student.shape[0], temperature)
 
     def loss(teacher: Array, student: Array) -> Array:
-        return soft_cross_entropy(
-            logits_of(teacher) / temperature, logits_of(student) / temperature
-        )
+        return soft_cross_entropy(logits_of(teacher), logits_of(student))
 
     return _by_columns(model, loss, teacher, student)
 
 
-def _head_reader(model: Model, theta: Params, rows: int) -> Callable[[Array], Array]:
-    """A function from states of `rows` rows to logits, to be called on any columns.
+def _head_reader(
+    model: Model, theta: Params, rows: int, temperature: float
+) -> Callable[[Array], Array]:
+    """A function from states of `rows` rows to logits / temperature, to be called on any columns.
 
     The head is sent between devices once for all calls. Its gradient adds up over the columns in
     float32, on the device that has the rows.
     """
     head = output_head(model.config, theta).astype(jnp.float32)
     heads = copy_per_row_shard(head, rows, None, "vocabulary")
-    return functools.partial(read_head, model.config, heads)
+    return lambda hidden: read_head(model.config, heads, hidden) / temperature
 
 
 _Result = TypeVar("_Result")

@@ -51,7 +51,7 @@ class BlockOutput(NamedTuple):
     experts: Int[Array, "B T k"] | None  # of every token; None for a dense block
 
 
-_MIXERS: dict[str, type[nnx.Module]] = {
+_MIXERS: dict[str, Any] = {
     "attention": Attention,
     "latent_attention": LatentAttention,
     "delta_net": DeltaNet,
@@ -63,25 +63,20 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> None:
         self.mixer_norm = norm(config, config.hidden_size, rngs)
-        mixer: Any = _MIXERS[kind.mixer]
-        self.mixer = mixer(config, rngs)
+        self.mixer = _MIXERS[kind.mixer](config, rngs)
         self.feed_forward_norm = norm(config, config.hidden_size, rngs)
-        self.feed_forward = (
-            MoE(config, rngs)
-            if kind.feed_forward == "moe"
-            else SwiGLU(config, config.intermediate_size, rngs)
-        )
+        if kind.feed_forward == "moe":
+            self.feed_forward = MoE(config, rngs)
+        else:
+            self.feed_forward = SwiGLU(config, config.intermediate_size, rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], columns: Columns, cache: LayerCache | None
     ) -> BlockOutput:
         mixed, new_cache = self.mixer(self.mixer_norm(x), columns, cache)
         x = constrain(x + mixed, *RESIDUAL)
-        normed = self.feed_forward_norm(x)
-        if isinstance(self.feed_forward, MoE):
-            out, experts = self.feed_forward(normed)
-        else:
-            out, experts = self.feed_forward(normed), None
+        out = self.feed_forward(self.feed_forward_norm(x))
+        out, experts = out if isinstance(out, tuple) else (out, None)
         return BlockOutput(constrain(x + out, *RESIDUAL), new_cache, experts)
 
 

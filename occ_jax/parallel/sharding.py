@@ -149,13 +149,9 @@ def with_gathered_weights(
 ) -> Callable[Concatenate[Params, _Arguments], _Result]:
     """`on_mesh` for a function that reads all parameters many times, such as sampling.
 
-    The weights are gathered once, before the function starts: only `tensor` and `expert` still
-    split them. They are rounded to the dtype of the matrix products, which read nothing else.
-
-    Args:
-        mesh: the mesh of the parameters.
-        dtype: dtype of the matrix products.
-        function: takes the parameters first.
+    The weights are gathered once, before `function` starts, which takes the parameters first: only
+    `tensor` and `expert` still split them. They are rounded to `dtype`, the dtype of the matrix
+    products, which read nothing else.
     """
 
     def run(params: Params, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
@@ -187,15 +183,10 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def copy_per_row_shard(x: Array, count: int, *names: str | None) -> Array:
-    """Copies `x` once for each of the P shards of `count` rows: [P, ...].
+    """Copies `x` once for each of the P shards of `count` rows: [P, ...]; `names` are those of `x`.
 
     For an array that rows read in a loop. The gradient of each shard adds up in its own copy, and
     the shards are summed once, after the loop. With a single `x`, every turn would sum them.
-
-    Args:
-        x: whole on every device that holds rows.
-        count: number of rows.
-        names: names of the dimensions of `x`.
     """
     mesh, shards = current_mesh(), 1
     if mesh is not None:
@@ -221,16 +212,6 @@ def spec_of(mesh: Mesh | AbstractMesh, names: DimNames, shape: Sequence[int]) ->
         taken.update(chosen)
         partitions.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
     return P(*partitions)
-
-
-def parameter_spec(mesh: Mesh | AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
-    """The partition of the leaf of a parameter tree, an optimizer state or a train state.
-
-    Raises:
-        ValueError: the table names neither a parameter nor a state field of this path and rank.
-    """
-    names = _dim_names(path, shape)
-    return spec_of(mesh, names, shape) if names else P()
 
 
 def layer_spec(mesh: AbstractMesh, path: tuple[Any, ...], shape: Sequence[int]) -> P:
@@ -304,25 +285,20 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """A sharding for every leaf of a train state, a parameter tree or an optimizer state.
 
-    Args:
-        mesh: from `make_mesh`.
-        state: arrays or `jax.ShapeDtypeStruct`s.
-
     Raises:
-        ValueError: the table does not name a leaf.
+        ValueError: the table names neither a parameter nor a state field of a leaf's path and rank.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, parameter_spec(mesh, path, leaf.shape)), state
-    )
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = _dim_names(path, leaf.shape)
+        return NamedSharding(mesh, spec_of(mesh, names, leaf.shape) if names else P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def abstract(mesh: Mesh, shapes: Any) -> Any:
     """The same `jax.ShapeDtypeStruct`s with the sharding of every leaf."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(mesh, shapes),
-    )
+    return jax.tree.map(lambda x, at: x.update(sharding=at), shapes, state_shardings(mesh, shapes))
 
 
 def row_sharding(mesh: Mesh, dimension: int = 0) -> NamedSharding:

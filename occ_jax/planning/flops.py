@@ -8,7 +8,6 @@ backward pass recomputes. It leaves out element-wise operations, which do not ru
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jax.core import ShapedArray
@@ -49,14 +48,10 @@ def _equation(equation: core.JaxprEqn) -> int:
             steps = math.prod(parameters["grid_mapping"].grid)
             return steps * count_flops(parameters["jaxpr"])
         case _:
-            return sum(count_flops(inner) for inner in _inside(parameters))
-
-
-def _inside(parameters: dict[str, Any]) -> list[core.Jaxpr | core.ClosedJaxpr]:
-    """The programs that an equation calls: those of jit, checkpoint and custom derivatives."""
-    kinds = (core.Jaxpr, core.ClosedJaxpr)
-    # A custom derivative keeps rules as functions; its only traced program is the one that runs.
-    return [value for value in parameters.values() if isinstance(value, kinds)]
+            # jit, checkpoint and custom derivatives, which keep their rules as functions: the only
+            # traced program is the one that runs.
+            programs = (core.Jaxpr, core.ClosedJaxpr)
+            return sum(count_flops(x) for x in parameters.values() if isinstance(x, programs))
 
 
 def _array(value: core.Var | core.Literal) -> ShapedArray:
@@ -75,10 +70,10 @@ def _ragged_dot(equation: core.JaxprEqn) -> int:
     left, right = (_array(x).shape for x in equation.invars[:2])
     dimensions = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = dimensions.dot_dimension_numbers
-    if dimensions.rhs_group_dimensions:
-        return 2 * _array(equation.outvars[0]).size * math.prod(left[axis] for axis in contracted)
-    # The contracted rows are split between the groups: [rows, k], [rows, n] to [groups, k, n].
     rows = math.prod(left[axis] for axis in contracted)
+    if dimensions.rhs_group_dimensions:
+        return 2 * _array(equation.outvars[0]).size * rows
+    # The contracted rows are split between the groups: [rows, k], [rows, n] to [groups, k, n].
     return 2 * rows * math.prod(left) // rows * math.prod(right) // rows
 
 

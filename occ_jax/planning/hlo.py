@@ -7,7 +7,9 @@ body of a loop as often as the loop runs.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
 KINDS = (
@@ -59,16 +61,20 @@ def collective_bytes(text: str) -> dict[str, int]:
         text: text of a compiled and partitioned program (`jax.stages.Compiled.as_text`).
     """
     computations, entry = _read(text)
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
 
     def visit(name: str, times: int) -> None:
-        for kind, size in _collectives_of_scope(computations, name).items():
-            totals[kind] = totals.get(kind, 0) + times * size
-        for call in _calls_of_scope(computations, name):
+        scope = _scope(computations, name)
+        by_channel: dict[tuple[str, str], int] = {}
+        for kind, channel, size in (each for part in scope for each in part.collectives):
+            by_channel[kind, channel] = max(size, by_channel.get((kind, channel), 0))
+        for (kind, _), size in by_channel.items():
+            totals[kind] += times * size
+        for call in (call for part in scope for call in part.calls if call.own_scope):
             visit(call.target, times * call.trips)
 
     visit(entry, 1)
-    return totals
+    return dict(totals)
 
 
 def largest_arrays(text: str, count: int) -> list[tuple[int, str]]:
@@ -84,8 +90,7 @@ def largest_arrays(text: str, count: int) -> list[tuple[int, str]]:
     sizes: dict[str, int] = {}
     fused = False
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
+        if header := _HEADER.match(line):
             fused = "fused_computation" in header.group(2)
         instruction = _INSTRUCTION.match(line)
         if not instruction or fused:
@@ -96,35 +101,13 @@ def largest_arrays(text: str, count: int) -> list[tuple[int, str]]:
             continue
         origin = re.search(r'op_name="([^"]*)"', arguments)
         source = origin.group(1) if origin else operation
-        shape = _SHAPE.match(result)
-        if shape:
+        if shape := _SHAPE.match(result):
             sizes.setdefault(f"{shape.group(0)}  {source}", _bytes(result))
-    ranked = sorted(sizes.items(), key=lambda item: -item[1])[:count]
-    return [(size, name) for name, size in ranked]
-
-
-def _collectives_of_scope(computations: dict[str, _Computation], name: str) -> dict[str, int]:
-    """Bytes of the collectives of a computation and its fusions, every channel once, by kind."""
-    largest: dict[tuple[str, str], int] = {}
-    for computation in _scope(computations, name):
-        for kind, channel, size in computation.collectives:
-            largest[kind, channel] = max(size, largest.get((kind, channel), 0))
-    sizes: dict[str, int] = {}
-    for (kind, _), size in largest.items():
-        sizes[kind] = sizes.get(kind, 0) + size
-    return sizes
-
-
-def _calls_of_scope(computations: dict[str, _Computation], name: str) -> list[_Call]:
-    return [
-        call
-        for computation in _scope(computations, name)
-        for call in computation.calls
-        if call.own_scope
-    ]
+    return [(size, name) for name, size in Counter(sizes).most_common(count)]
 
 
 def _scope(computations: dict[str, _Computation], name: str) -> list[_Computation]:
+    """A computation and its fusions."""
     computation = computations[name]
     inside = [call.target for call in computation.calls if not call.own_scope]
     return [computation, *(part for target in inside for part in _scope(computations, target))]
@@ -137,17 +120,13 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
     entry = name = ""
     shapes: dict[str, int] = {}
     for line in text.splitlines():
-        if line[:1] not in (" ", "}", ""):
-            header = _HEADER.match(line)
-            if header:
-                name = header.group(2)
-                entry = name if header.group(1) else entry
-                computations[name], shapes = _Computation([], [], []), {}
-            continue
-        match = _INSTRUCTION.match(line)
-        if not match or not name:
-            continue
-        _add_instruction(line, match, name, computations, shapes, conditions)
+        header, match = _HEADER.match(line), _INSTRUCTION.match(line)
+        if header:
+            name = header.group(2)
+            entry = name if header.group(1) else entry
+            computations[name], shapes = _Computation([], [], []), {}
+        elif match and name:
+            _add_instruction(line, match, name, computations, shapes, conditions)
     for owner, position, condition in conditions:
         bound = max([1, *computations[condition].constants])
         calls = computations[owner].calls
@@ -165,8 +144,7 @@ def _add_instruction(
 ) -> None:
     """Adds one instruction to its computation."""
     computation = computations[owner]
-    rest = line[match.end() :]
-    result, operation, arguments = _split(rest)
+    result, operation, arguments = _split(line[match.end() :])
     size = _bytes(result)
     shapes[match.group(1)] = size
     if operation == "constant" and re.fullmatch(r"[su]\d+\[\].*", result):
@@ -192,8 +170,7 @@ def _add_instruction(
         if not trips:
             conditions.append((owner, len(computation.calls) - 1, condition.group(1)))
         return
-    called = _CALLED.search(arguments)
-    if called:
+    if called := _CALLED.search(arguments):
         for target in re.findall(r"[\w.\-]+", called.group(1)):
             computation.calls.append(_Call(target, 1, operation == "conditional"))
 
@@ -230,8 +207,5 @@ def _bytes(types: str) -> int:
         if bits is None:
             number = re.search(r"(\d+)", kind)
             bits = int(number.group(1)) if number else 0
-        count = 1
-        for dimension in dimensions.split(","):
-            count *= int(dimension) if dimension else 1
-        total += count * bits // 8
+        total += math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
     return total

@@ -13,6 +13,7 @@ devices; bytes between devices are read from the compiled text (`hlo`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -128,12 +129,9 @@ def plan(
     for call in calls:
         if not only or call.name in only:
             say(f"{machine.name}: compiling {call.name}")
-            program = _compile(call, machine)
-            say(
-                f"  {program.total / GIB:.2f} GiB a device, {program.seconds:.0f} s  "
-                f"{program.refused}"
-            )
-            programs.append(program)
+            needs = _compile(call, machine)
+            say(f"  {needs.total / GIB:.2f} GiB a device, {needs.seconds:.0f} s  {needs.refused}")
+            programs.append(needs)
     return Plan(
         machine=machine.name,
         kind=machine.devices[0].device_kind,
@@ -183,42 +181,22 @@ def _step(config: Config, mesh: Mesh) -> _Step:
     programs = make_programs(config, mesh, *_ENDS)
     state, options = abstract_state(programs.model, config, mesh), config.rollout
     reference = state.params["trunk"] if config.algorithm.kl_coefficient > 0 else None
-    key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = (
         jax.ShapeDtypeStruct(columns, jnp.int32, sharding=row_sharding(mesh)),
         jax.ShapeDtypeStruct(columns, jnp.bool, sharding=row_sharding(mesh)),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(jax.random.key, 0).update(sharding=replicated(mesh)),
     )
     groups = (options.num_prompts, options.group_size)
     rewards = jax.ShapeDtypeStruct(groups, jnp.float32, sharding=replicated(mesh))
     rollout = _placed(mesh, jax.eval_shape(programs.sample, state.params, *prompts))
-    batches = jax.eval_shape(programs.split, state.params, reference, rollout, rewards)
-    return _Step(
-        programs,
-        state,
-        reference,
-        prompts,
-        rewards,
-        rollout,
-        [_placed(mesh, batch) for batch in batches],
-    )
+    split = jax.eval_shape(programs.split, state.params, reference, rollout, rewards)
+    batches = [_placed(mesh, batch) for batch in split]
+    return _Step(programs, state, reference, prompts, rewards, rollout, batches)
 
 
 def _placed(mesh: Mesh, fields: RowFields) -> RowFields:
     """The shapes of a rollout or a batch with the shardings that its arrays get."""
-
-    def place(x: Any, axis: int) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh, axis))
-
-    return map_rows(place, fields)
-
-
-def _with(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    return map_rows(lambda x, axis: x.update(sharding=row_sharding(mesh, axis)), fields)
 
 
 class _Call(NamedTuple):
@@ -248,32 +226,30 @@ def _calls(step: _Step, config: Config) -> Iterator[_Call]:
     questions = (size.questions * size.copies, columns)
     arguments = (
         state.params,
-        *(jax.ShapeDtypeStruct(questions, x.dtype, sharding=x.sharding) for x in step.prompts[:2]),
+        *(x.update(shape=questions) for x in step.prompts[:2]),
         step.prompts[2],
         jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(mesh)),
     )
-    static = {"num_samples": samples // size.copies}
-    yield _Call("evaluation", optimizer + reference, programs.answer, arguments, static)
+    static, resident = {"num_samples": samples // size.copies}, optimizer + reference
+    yield _Call("evaluation", resident, programs.answer, arguments, static)
 
 
 def _compile(call: _Call, machine: Machine) -> Program:
-    started, platform = time.monotonic(), machine.devices[0].platform
+    started = time.monotonic()
     traced = call.program.trace(*call.arguments, **call.static)
     flops = count_flops(traced.jaxpr) / len(machine.devices)
     size = per_device(call.arguments)
+    needs = functools.partial(Program, call.name, call.resident, flops=flops)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         refused = " ".join(str(error).split())
         if not refused.startswith("RESOURCE_EXHAUSTED: "):
             raise
-        return Program(
-            name=call.name,
-            resident=call.resident,
+        return needs(
             arguments=size,
             outputs=0,
             temporaries=max(0, wanted(refused) - size),
-            flops=flops,
             collectives={},
             largest=[],
             seconds=time.monotonic() - started,
@@ -281,14 +257,12 @@ def _compile(call: _Call, machine: Machine) -> Program:
         )
     seconds = time.monotonic() - started
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    return Program(
-        name=call.name,
-        resident=call.resident,
+    temporaries = _temporaries(stats, machine.devices[0].platform)
+    return needs(
         # The compiler pads what it lays out in tiles, and leaves out what the program never reads.
         arguments=max(size, stats.argument_size_in_bytes),
         outputs=_outputs(stats),
-        temporaries=_temporaries(stats, platform) + stats.generated_code_size_in_bytes,
-        flops=flops,
+        temporaries=temporaries + stats.generated_code_size_in_bytes,
         collectives=collective_bytes(text),
         largest=largest_arrays(text, 5),
         seconds=seconds,
@@ -330,15 +304,9 @@ def wanted(refused: str) -> int:
 def _gradients(step: _Step) -> int:
     """Sums of g, of every h_k that is kept separate, and of the modules' gradients, in float32."""
     config = step.programs.config
-    trunk, mtp = (per_device(_float32(step.state.params[part])) for part in ("trunk", "mtp"))
-    separate = needs_separate_gradients(active_estimator(config))
-    return trunk * (1 + separate * config.model.num_mtp_modules) + mtp
-
-
-def _float32(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), tree
-    )
+    sums = jax.tree.map(lambda x: x.update(dtype=jnp.float32), step.state.params)
+    separate = needs_separate_gradients(active_estimator(config)) * config.model.num_mtp_modules
+    return per_device(sums["trunk"]) * (1 + separate) + per_device(sums["mtp"])
 
 
 def _kv_cache(step: _Step) -> int:
@@ -349,9 +317,10 @@ def _kv_cache(step: _Step) -> int:
     )
 
     def cache(params: Params, tokens: Any, valid: Any) -> Any:
-        prefill = step.programs.model.trunk(params["trunk"], tokens, column_positions(valid), valid)
-        columns = options.max_new_tokens
-        return extend(prefill.cache, copies=options.group_size, columns=columns)
+        model, positions = step.programs.model, column_positions(valid)
+        prompts = model.trunk(params["trunk"], tokens, positions, valid).cache
+        return extend(prompts, copies=options.group_size, columns=options.max_new_tokens)
 
     shapes = jax.eval_shape(cache, step.state.params, tokens, valid)
-    return per_device(_with(shapes, cache_shardings(step.programs.mesh, shapes)))
+    shardings = cache_shardings(step.programs.mesh, shapes)
+    return per_device(jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings))

@@ -25,11 +25,17 @@ def render(plan: Plan) -> str:
     """Returns the plan as tables; the last line is the verdict."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1"
     memory = "" if plan.memory is None else f" of {_size(plan.memory)}"
+    # Arrays that last, and the largest that programs keep among their temporaries.
+    sizes = (plan.parameters, plan.optimizer, plan.gradients, plan.kv_cache)
+    parts = [
+        ("a device", "parameters", "optimizer", "gradients", "KV cache"),
+        ("bytes", *map(_size, sizes)),
+    ]
     return "\n".join(
         [
             f"{plan.machine}: {math.prod(plan.mesh.values())} x {plan.kind}{memory}, mesh {mesh}",
             "",
-            markdown_table(_parts(plan)),
+            markdown_table(parts),
             "",
             markdown_table(_programs(plan)),
             *_details(plan),
@@ -66,14 +72,6 @@ def has_memory(machine: Machine, needed: int, say: Callable[[str], None]) -> boo
     needs = f"state and gradients alone take {_size(needed)} a device"
     say(f"{machine.name}: does not fit: {needs} of {_size(machine.memory)}")
     return False
-
-
-def _parts(plan: Plan) -> list[tuple[str, ...]]:
-    """Arrays that last, and the largest that programs keep among their temporaries."""
-    return [
-        ("a device", "parameters", "optimizer", "gradients", "KV cache"),
-        ("bytes", *map(_size, (plan.parameters, plan.optimizer, plan.gradients, plan.kv_cache))),
-    ]
 
 
 def _programs(plan: Plan) -> list[tuple[str, ...]]:

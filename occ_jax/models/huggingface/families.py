@@ -51,7 +51,10 @@ def read_config(
     path = Path(directory)
     top = Values(path / CONFIG, read_config_json(path))
     family = find_family(top)
-    _check_quantization(top)
+    quantization = top.part("quantization_config")
+    if quantization.values:
+        quantization.only("quant_method", "fp8", required=True)
+        quantization.only("fmt", "e4m3")
     text = top.part("text_config") if family.nested else top
     fields = family.fields(text)
     if family.nested:
@@ -77,37 +80,27 @@ def read_config(
     )
 
 
-def _check_quantization(top: Values) -> None:
-    quantization = top.part("quantization_config")
-    if quantization.values:
-        quantization.only("quant_method", "fp8")
-        quantization.only("fmt", "e4m3", default="e4m3")
-
-
 def _qwen2(values: Values) -> dict[str, Any]:
-    values.only("use_sliding_window", False, default=False)
-    return basics(values) | {
-        "intermediate_size": values.get("intermediate_size", int),
-        "qkv_bias": True,
-    }
+    values.only("use_sliding_window", False)
+    return basics(values) | {"qkv_bias": True}
 
 
 def _mimo(values: Values) -> dict[str, Any]:
-    values.only("attention_bias", True, default=True)
+    values.only("attention_bias", True)
     return _qwen2(values)
 
 
 def _qwen3(values: Values) -> dict[str, Any]:
     # It would also add a bias to the output projection.
-    values.only("attention_bias", False, default=False)
+    values.only("attention_bias", False)
     return _qwen2(values) | {"qkv_bias": False, "qk_norm": True}
 
 
 def _sigmoid_moe(values: Values) -> MoEConfig:
     """The mixture of experts of DeepSeek-V3 and GLM-4.5."""
-    values.only("scoring_func", "sigmoid", default="sigmoid")
-    values.only("topk_method", "noaux_tc", default="noaux_tc")
-    values.only("moe_layer_freq", 1, default=1)
+    values.only("scoring_func", "sigmoid")
+    values.only("topk_method", "noaux_tc")
+    values.only("moe_layer_freq", 1)
     width = values.get("moe_intermediate_size", int)
     return MoEConfig(
         num_experts=values.get("n_routed_experts", int),
@@ -125,7 +118,6 @@ def _sigmoid_moe(values: Values) -> MoEConfig:
 
 def _glm4_moe(values: Values) -> dict[str, Any]:
     return basics(values, rope_fraction=0.5) | {
-        "intermediate_size": values.get("intermediate_size", int),
         "qkv_bias": values.get("attention_bias", bool, False),
         "qk_norm": values.get("use_qk_norm", bool, False),
         "moe": _sigmoid_moe(values),
@@ -133,8 +125,8 @@ def _glm4_moe(values: Values) -> dict[str, Any]:
 
 
 def _deepseek_v3(values: Values) -> dict[str, Any]:
-    values.only("attention_bias", False, default=False)
-    values.only("rope_interleave", True, default=True)
+    values.only("attention_bias", False)
+    values.only("rope_interleave", True)
     latent = LatentAttentionConfig(
         query_rank=values.get("q_lora_rank", int, 0),
         kv_rank=values.get("kv_lora_rank", int),
@@ -142,20 +134,18 @@ def _deepseek_v3(values: Values) -> dict[str, Any]:
         rope_head_dim=values.get("qk_rope_head_dim", int),
         value_head_dim=values.get("v_head_dim", int),
     )
-    heads = values.get("num_attention_heads", int)
-    values.only("num_key_value_heads", heads, default=heads)
+    values.only("num_key_value_heads", values.get("num_attention_heads", int))
     return basics(values) | {
         "head_dim": latent.rope_head_dim,
-        "intermediate_size": values.get("intermediate_size", int),
         "latent_attention": latent,
         "moe": _sigmoid_moe(values),
     }
 
 
-def _hybrid(values: Values) -> dict[str, Any]:
+def _hybrid(values: Values, width: str = "intermediate_size") -> dict[str, Any]:
     """Fields that Qwen3-Next and Qwen3.5 share."""
-    values.only("attention_bias", False, default=False)
-    return basics(values, rope_fraction=0.25) | {
+    values.only("attention_bias", False)
+    return basics(values, rope_fraction=0.25, width=width) | {
         "zero_centered_norm": True,
         "qk_norm": True,
         "attention_gate": True,
@@ -202,30 +192,26 @@ def _softmax_moe(
 
 
 def _qwen3_next(values: Values) -> dict[str, Any]:
-    values.only("use_sliding_window", False, default=False)
+    values.only("use_sliding_window", False)
     step = values.get("decoder_sparse_step", int, 1)
     if step < 1:
         raise values.refuse("decoder_sparse_step", step, "1 or more")
     layers, dense = values.get("num_hidden_layers", int), values.get("mlp_only_layers", list, [])
     without = tuple(i for i in range(layers) if i in dense or (i + 1) % step)
     normalize = values.get("norm_topk_prob", bool, True)
-    return _hybrid(values) | {
-        "intermediate_size": values.get("intermediate_size", int),
-        "moe": _softmax_moe(values, dense_layers=without, normalize=normalize),
-    }
+    moe = _softmax_moe(values, dense_layers=without, normalize=normalize)
+    return _hybrid(values) | {"moe": moe}
 
 
-def _qwen3_5(values: Values) -> dict[str, Any]:
-    values.only("attn_output_gate", True, default=True)
-    values.only("mtp_use_dedicated_embeddings", False, default=False)
-    return _hybrid(values) | {"intermediate_size": values.get("intermediate_size", int)}
+def _qwen3_5(values: Values, width: str = "intermediate_size") -> dict[str, Any]:
+    values.only("attn_output_gate", True)
+    values.only("mtp_use_dedicated_embeddings", False)
+    return _hybrid(values, width)
 
 
 def _qwen3_5_moe(values: Values) -> dict[str, Any]:
-    values.only("attn_output_gate", True, default=True)
-    values.only("mtp_use_dedicated_embeddings", False, default=False)
     moe = _softmax_moe(values, normalize=True)
-    return _hybrid(values) | {"intermediate_size": moe.intermediate_size, "moe": moe}
+    return _qwen3_5(values, "moe_intermediate_size") | {"moe": moe}
 
 
 def _no_modules(values: Values, names: Callable[[], Collection[str]]) -> int:
@@ -344,9 +330,11 @@ def find_family(top: Values) -> Family:
     return FAMILIES[architectures[0]]
 
 
-def num_modules(directory: Path, config: Json, names: Collection[str]) -> int:
-    """Number of MTP modules in a checkpoint."""
+def published_names(
+    directory: Path, config: Json, tensors: Collection[str]
+) -> tuple[TensorNames, int]:
+    """Names of the tensors of a checkpoint's family, and its number of MTP modules."""
     top = Values(directory / CONFIG, config)
     family = find_family(top)
     text = top.part("text_config") if family.nested else top
-    return family.num_modules(text, lambda: names)
+    return family.names, family.num_modules(text, lambda: tensors)

@@ -22,11 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from occ_jax.config import MeshConfig, ModelConfig
 from occ_jax.errors import UserError
-from occ_jax.models.huggingface.families import (
-    find_family,
-    num_modules,
-    read_config,
-)
+from occ_jax.models.huggingface.families import published_names, read_config
 from occ_jax.models.huggingface.names import (
     LeafPath,
     Piece,
@@ -37,7 +33,6 @@ from occ_jax.models.huggingface.names import (
     stored_shape,
 )
 from occ_jax.models.huggingface.tensors import CONFIG, Checkpoint, open_checkpoint
-from occ_jax.models.huggingface.values import Values
 from occ_jax.models.model import Model
 from occ_jax.parallel.sharding import make_mesh, state_shardings
 from occ_jax.types import Params
@@ -89,8 +84,7 @@ def read_layout(config: ModelConfig) -> CheckpointLayout:
     """
     checkpoint = open_checkpoint(Path(config.checkpoint))
     tensors = checkpoint.tensors
-    names = find_family(Values(checkpoint.directory / CONFIG, checkpoint.config)).names
-    count = num_modules(checkpoint.directory, checkpoint.config, tensors)
+    names, count = published_names(checkpoint.directory, checkpoint.config, tensors)
     shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
     stored = list(published_tensors(config, names, count, tensors))
     held: set[str] = set()
@@ -101,21 +95,17 @@ def read_layout(config: ModelConfig) -> CheckpointLayout:
                 f"{checkpoint.directory} has no tensor {entry.name}, which {CONFIG} asks for"
                 + ("; num_mtp_modules 0 loads the model without its modules" if module else "")
             )
-        expected = stored_shape(entry, functools.partial(leaf_at, shapes))
+        expected = stored_shape(entry, shapes)
         if tensors[entry.name].shape != expected:
             raise UserError(
                 f"{checkpoint.where(entry.name)} has shape {list(tensors[entry.name].shape)}; "
                 f"{CONFIG} makes it {list(expected)}"
             )
-        held.add(entry.name)
-        scale = checkpoint.scale_of(entry.name)
-        if scale is not None:
-            held.add(scale)
+        held.update(name for name in (entry.name, checkpoint.scale_of(entry.name)) if name)
     carried = [name for name in tensors if name not in held]
     prefixes = left_out(config, names, count)
     for name in carried:
-        known = name.startswith(prefixes) or any(re.search(p, name) for p in names.others)
-        if not known:
+        if not (name.startswith(prefixes) or any(re.search(p, name) for p in names.others)):
             raise UserError(
                 f"{checkpoint.where(name)} has no place in the model that {CONFIG} describes"
             )
@@ -158,17 +148,11 @@ def _load(layout: CheckpointLayout, mesh: Mesh) -> Params:
             if leaf is None and piece.index:
                 leaf = jnp.zeros(shape.shape, shape.dtype, device=sharding)
             raw, scales = _put(checkpoint, entry, piece, shape, sharding)
-            write = _writer(
-                sharding,
-                shape.dtype,
-                transposed=entry.layout.transposed,
-                block=checkpoint.block[1] if scales is not None else 0,
-            )
+            block = checkpoint.block[1] if scales is not None else 0
+            write = _writer(sharding, shape.dtype, transposed=entry.layout.transposed, block=block)
             # Without waiting, several tensors would be in the host's memory at once.
             leaves[piece.path] = jax.block_until_ready(write(leaf, raw, scales, piece.index))
-    paths = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    keys = [tuple(key.key for key in path) for path, _ in paths]
-    return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[key] for key in keys])
+    return jax.tree.map_with_path(lambda path, _: leaves[tuple(key.key for key in path)], shapes)
 
 
 def _put(
@@ -218,8 +202,7 @@ def _writer(
         leaf: jax.Array | None, raw: jax.Array, scales: jax.Array | None, index: tuple[Any, ...]
     ) -> jax.Array:
         if scales is not None:
-            wide = jnp.repeat(scales, block, axis=1)[:, : raw.shape[1]]
-            raw = raw.astype(jnp.float32) * wide
+            raw = raw.astype(jnp.float32) * jnp.repeat(scales, block, axis=1)[:, : raw.shape[1]]
         if transposed:
             raw = jnp.swapaxes(raw, -1, -2)
         raw = raw.astype(dtype)

@@ -8,7 +8,7 @@ part needs a generator of `_Part`s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from occ_jax.models.transformer import LayerKind, mtp_kind, segments
 RowIndex = slice | np.ndarray
 LeafPath = tuple[str | int, ...]
 
+_Pieces = tuple[tuple[str, RowIndex], ...]  # paths within a block, and rows
 _T = TypeVar("_T")
 
 EVERY = slice(None)
@@ -95,7 +96,7 @@ class _Part(NamedTuple):
 
     name: str
     layout: TensorLayout
-    pieces: tuple[tuple[str, RowIndex], ...]
+    pieces: _Pieces
     expert: int | None = None
 
 
@@ -111,9 +112,8 @@ def published_tensors(
         present: names of the checkpoint's tensors. They decide whether experts are fused and
             whether there are copies, which some exporters leave out.
     """
-    embedding = Stored(
-        f"{names.trunk}embed_tokens.weight", PLAIN, (_whole("trunk", "embed", "embedding"),)
-    )
+    table = (_whole("trunk", "embed", "embedding"),)
+    embedding = Stored(f"{names.trunk}embed_tokens.weight", PLAIN, table)
     head = Stored("lm_head.weight", MATRIX, (_whole("trunk", "head", "kernel"),))
     yield embedding
     yield _norm(f"{names.trunk}norm", "trunk", "final_norm")
@@ -123,9 +123,7 @@ def published_tensors(
         parts = _block(config, names, kind, f"{names.trunk}layers.{number}.", present)
         yield from _in_block(parts, f"{names.trunk}layers.{number}.", path, repeat)
     for k in range(config.num_mtp_modules):
-        prefix, block = (
-            _module_prefix(config, text, k) for text in (names.module, names.module_block)
-        )
+        prefix, block = _module_prefixes(config, names, k)
         yield _norm(prefix + names.embed_norm, "mtp", k, "embed_norm")
         yield _norm(prefix + names.hidden_norm, "mtp", k, "hidden_norm")
         projection = (_whole("mtp", k, "projection", "kernel"),)
@@ -136,11 +134,9 @@ def published_tensors(
     head_of = embedding if config.tie_embeddings else head
     copies = [(head.name, head_of)] if config.tie_embeddings else []
     for k in range(num_modules if names.module_head else 0):
-        prefix = _module_prefix(config, names.module, k)
-        copies += [
-            (f"{prefix}{names.module_embedding}.weight", embedding),
-            (f"{prefix}{names.module_head}.weight", head_of),
-        ]
+        prefix, _ = _module_prefixes(config, names, k)
+        copies.append((f"{prefix}{names.module_embedding}.weight", embedding))
+        copies.append((f"{prefix}{names.module_head}.weight", head_of))
     for name, original in copies:
         if name in present:
             yield original._replace(name=name, copy_of=original.name)
@@ -148,15 +144,14 @@ def published_tensors(
 
 def left_out(config: ModelConfig, names: TensorNames, num_modules: int) -> tuple[str, ...]:
     """Prefixes of the modules that are in the checkpoint and not in the model."""
-    return tuple(
-        _module_prefix(config, text, k)
-        for k in range(config.num_mtp_modules, num_modules)
-        for text in (names.module, names.module_block)
-    )
+    missing = range(config.num_mtp_modules, num_modules)
+    return tuple(prefix for k in missing for prefix in _module_prefixes(config, names, k))
 
 
-def _module_prefix(config: ModelConfig, text: str, k: int) -> str:
-    return text.format(k=k, layer=config.num_layers + k)
+def _module_prefixes(config: ModelConfig, names: TensorNames, k: int) -> list[str]:
+    """Prefix of a module's norms and projection, and of its block."""
+    layer = config.num_layers + k
+    return [text.format(k=k, layer=layer) for text in (names.module, names.module_block)]
 
 
 def _whole(*path: str | int) -> Piece:
@@ -202,8 +197,7 @@ def _block(
         yield from _swiglu("mlp", "feed_forward")
     else:
         assert config.moe is not None
-        fused = f"{prefix}mlp.experts.gate_up_proj" in present
-        yield from _experts(config.moe, fused)
+        yield from _experts(config.moe, f"{prefix}mlp.experts.gate_up_proj" in present)
         yield from _router(config.moe, names.shared_expert)
 
 
@@ -221,17 +215,12 @@ def _swiglu(name: str, leaf: str) -> Iterator[_Part]:
 
 
 def _attention(config: ModelConfig) -> Iterator[_Part]:
-    query: list[tuple[str, RowIndex]] = [("query", EVERY)]
+    query: _Pieces = (("query", EVERY),)
     if config.attention_gate:
         # For every head: query, gate.
         by_head = _grid(config.num_heads, 2, config.head_dim)
-        query = [("query", by_head[:, 0].ravel()), ("gate", by_head[:, 1].ravel())]
-    projections: dict[str, list[tuple[str, RowIndex]]] = {
-        "q": query,
-        "k": [("key", EVERY)],
-        "v": [("value", EVERY)],
-    }
-    for short, pieces in projections.items():
+        query = (("query", by_head[:, 0].ravel()), ("gate", by_head[:, 1].ravel()))
+    for short, pieces in (("q", query), ("k", (("key", EVERY),)), ("v", (("value", EVERY),))):
         kernels = tuple((f"mixer/{name}/kernel", rows) for name, rows in pieces)
         yield _Part(f"self_attn.{short}_proj.weight", MATRIX, kernels)
         if config.qkv_bias:
@@ -288,8 +277,7 @@ def _delta_net(config: ModelConfig, fused: bool) -> Iterator[_Part]:
         yield _linear("linear_attn.in_proj_z", "mixer/gate")
         yield _linear("linear_attn.in_proj_b", "mixer/beta")
         yield _linear("linear_attn.in_proj_a", "mixer/decay")
-    convolution = (("mixer/convolution", EVERY),)
-    yield _Part("linear_attn.conv1d.weight", CONVOLUTION, convolution)
+    yield _Part("linear_attn.conv1d.weight", CONVOLUTION, (("mixer/convolution", EVERY),))
     yield _plain("linear_attn.A_log", "mixer/log_rate")
     yield _plain("linear_attn.dt_bias", "mixer/decay_bias")
     yield _plain("linear_attn.norm.weight", "mixer/norm/scale")
@@ -299,10 +287,7 @@ def _delta_net(config: ModelConfig, fused: bool) -> Iterator[_Part]:
 def _experts(moe: MoEConfig, fused: bool) -> Iterator[_Part]:
     leaf, width = "feed_forward/experts", moe.intermediate_size
     if fused:
-        pair = (
-            (f"{leaf}/gate", slice(0, width)),
-            (f"{leaf}/up", slice(width, 2 * width)),
-        )
+        pair = ((f"{leaf}/gate", slice(0, width)), (f"{leaf}/up", slice(width, 2 * width)))
         yield _Part("mlp.experts.gate_up_proj", MATRIX, pair)
         yield _Part("mlp.experts.down_proj", MATRIX, ((f"{leaf}/down", EVERY),))
         return
@@ -334,15 +319,10 @@ def leaf_at(tree: Any, path: LeafPath) -> Any:
     return tree
 
 
-def stored_shape(stored: Stored, leaf: Callable[[LeafPath], Any]) -> tuple[int, ...]:
-    """The shape that a published tensor must have.
-
-    Args:
-        stored: from `published_tensors`.
-        leaf: returns the parameter at a path, or its shape as a `jax.ShapeDtypeStruct`.
-    """
+def stored_shape(stored: Stored, params: Any) -> tuple[int, ...]:
+    """The shape that a published tensor must have, by parameters or their shapes."""
     shapes = [
-        stored.layout.published(leaf(piece.path).shape[len(piece.index) :])
+        stored.layout.published(leaf_at(params, piece.path).shape[len(piece.index) :])
         for piece in stored.pieces
     ]
     shape, axis = [*shapes[0]], stored.layout.rows_axis(len(shapes[0]))

@@ -7,8 +7,10 @@ bit for bit as it was loaded. Tensors are written one at a time.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Generator, Iterator
@@ -32,7 +34,6 @@ from occ_jax.models.huggingface.tensors import (
     Checkpoint,
     Json,
     Tensor,
-    count_bytes,
 )
 from occ_jax.models.model import Model
 from occ_jax.types import Params
@@ -53,11 +54,7 @@ class Saved(NamedTuple):
 
 
 def save_pretrained(
-    model: Model,
-    params: Params,
-    directory: str | Path,
-    *,
-    dtype: StoredDType = "source",
+    model: Model, params: Params, directory: str | Path, *, dtype: StoredDType = "source"
 ) -> Saved:
     """Saves a model in the format of the Hugging Face directory that it was loaded from.
 
@@ -93,7 +90,7 @@ def save_pretrained(
         else:
             saved, headers = _unquantised(layout, _FORMAT[dtype])
             _adapt_config(layout.checkpoint, temporary, dtype)
-            _write_index(layout.checkpoint, temporary, saved)
+            _write_index(temporary, saved)
         for file, header in headers.items():
             ends = (tensor.start + tensor.size for tensor in saved.values() if tensor.file == file)
             with (temporary / file).open("wb") as stream:
@@ -156,7 +153,7 @@ def _unquantised(
             if kept in DTYPES:
                 width = DTYPES[kept].itemsize
                 kept = kept if width > max(usual, DTYPES[dtype].itemsize) else dtype
-                size = count_bytes(kept, tensor.shape)
+                size = math.prod(tensor.shape) * DTYPES[kept].itemsize
             offsets = [end, end + size]
             entries[name] = {"dtype": kept, "shape": list(tensor.shape), "data_offsets": offsets}
             saved[name] = Tensor(file, kept, tensor.shape, end, size)
@@ -177,7 +174,7 @@ def _is_scale(checkpoint: Checkpoint, name: str) -> bool:
 
 def _adapt_config(checkpoint: Checkpoint, target: Path, dtype: str) -> None:
     """Writes config.json without quantisation and with the dtype of the tensors."""
-    config = json.loads(json.dumps(checkpoint.config))
+    config = copy.deepcopy(checkpoint.config)
     config.pop("quantization_config", None)
     for part in (config, config.get("text_config", {})):
         for key in ("dtype", "torch_dtype"):
@@ -186,15 +183,13 @@ def _adapt_config(checkpoint: Checkpoint, target: Path, dtype: str) -> None:
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_index(checkpoint: Checkpoint, target: Path, saved: dict[str, Tensor]) -> None:
+def _write_index(target: Path, saved: dict[str, Tensor]) -> None:
     if not (target / INDEX).is_file():
         return
-    old = json.loads((checkpoint.directory / INDEX).read_text())
-    size = sum(tensor.size for tensor in saved.values())
-    index = {
-        "metadata": old.get("metadata", {}) | {"total_size": size},
-        "weight_map": {name: file for name, file in old["weight_map"].items() if name in saved},
-    }
+    old = json.loads((target / INDEX).read_text())
+    size = {"total_size": sum(tensor.size for tensor in saved.values())}
+    files = {name: file for name, file in old["weight_map"].items() if name in saved}
+    index = {"metadata": old.get("metadata", {}) | size, "weight_map": files}
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -237,14 +232,11 @@ def _gather(entry: Stored, params: Params, shape: tuple[int, ...]) -> np.ndarray
             )
         return np.asarray(_take(leaf, piece.index, transposed=entry.layout.transposed))
 
-    (first, *rest) = entry.pieces
-    if not rest:
-        return values(first).reshape(shape)
+    if len(entry.pieces) == 1:
+        return values(entry.pieces[0]).reshape(shape)
     axis = entry.layout.rows_axis(len(shape))
-    part = values(first)
-    whole = np.empty(shape, part.dtype)
-    whole[(*[EVERY] * axis, first.rows)] = part
-    for piece in rest:
+    whole = np.empty(shape, leaf_at(params, entry.pieces[0].path).dtype)
+    for piece in entry.pieces:
         whole[(*[EVERY] * axis, piece.rows)] = values(piece)
     return whole
 

@@ -9,7 +9,6 @@ does not support float8.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -220,16 +219,12 @@ def _read_header(path: Path, wanted: str) -> tuple[bytes, dict[str, Tensor]]:
             ) from None
         raise UserError(f"{path} is no valid safetensors file{about}: {error}") from error
     header, entries = _parse_header(path)
-    return header, {
-        name: Tensor(
-            path.name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            len(header) + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+        size = end - start
+        tensors[name] = Tensor(path.name, entry["dtype"], shape, len(header) + start, size)
+    return header, tensors
 
 
 def _parse_header(path: Path) -> tuple[bytes, dict[str, Json]]:
@@ -253,8 +248,3 @@ def _first_cut(path: Path) -> str | None:
         return None
     cut = [name for name, end in ends.items() if end > size]
     return min(cut, key=lambda name: ends[name], default=None)
-
-
-def count_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Number of bytes of a tensor."""
-    return math.prod(shape) * DTYPES[dtype].itemsize

@@ -13,11 +13,13 @@ from occ_jax.models.huggingface.tensors import Json
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
-_KINDS: dict[type, str] = {
+_KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "a string",
+    list: "a list",
+    dict: "an object",
 }
 
 
@@ -44,15 +46,13 @@ class Values:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            allowed = _KINDS.get(kind, "a list" if kind is list else "an object")
-            raise self.refuse(key, value, allowed)
+            raise self.refuse(key, value, _KINDS[kind])
         return cast("_T", value)
 
-    def only(self, key: str, allowed: object, default: object = _REQUIRED) -> None:
-        """Raises UserError unless the key, or its default, has the only supported value."""
+    def only(self, key: str, allowed: object, *, required: bool = False) -> None:
+        """Raises UserError unless the key has the supported value, or is missing and not required."""
         value = self.values.get(key)
-        value = value if value is not None or default is _REQUIRED else default
-        if value != allowed:
+        if value != allowed and (required or value is not None):
             raise self.refuse(key, value, f"{allowed!r}, all that is supported")
 
     def refuse(self, key: str, value: object, allowed: str) -> UserError:
@@ -64,13 +64,15 @@ class Values:
         return Values(self.path, self.get(key, dict, {}), f"{self.inside}{key}.")
 
 
-def basics(values: Values, *, rope_fraction: float = 1.0) -> dict[str, Any]:
-    """Fields of `ModelConfig` that all families share."""
-    values.only("hidden_act", "silu", default="silu")
-    heads = values.get("num_attention_heads", int)
-    size = values.get("hidden_size", int)
+def basics(
+    values: Values, *, rope_fraction: float = 1.0, width: str = "intermediate_size"
+) -> dict[str, Any]:
+    """Fields of `ModelConfig` that all families share; `width` is the feed-forward width's key."""
+    values.only("hidden_act", "silu")
+    heads, size = values.get("num_attention_heads", int), values.get("hidden_size", int)
     return {
         "hidden_size": size,
+        "intermediate_size": values.get(width, int),
         "num_layers": values.get("num_hidden_layers", int),
         "num_heads": heads,
         "num_kv_heads": values.get("num_key_value_heads", int, heads),
@@ -110,12 +112,10 @@ def _yarn(values: Values, scaling: Values) -> YarnConfig:
     ratio = magnitude(1.0)
     if mscale and all_dimensions:
         ratio = magnitude(mscale) / magnitude(all_dimensions)
-    original = scaling.values.get("original_max_position_embeddings")
-    positions = (
-        values.get("max_position_embeddings", int)
-        if original is None
-        else int(scaling.get("original_max_position_embeddings", float))
-    )
+    if scaling.values.get("original_max_position_embeddings") is None:
+        positions = values.get("max_position_embeddings", int)
+    else:
+        positions = int(scaling.get("original_max_position_embeddings", float))
     return YarnConfig(
         factor=factor,
         original_max_positions=positions,
