@@ -204,7 +204,8 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
         "several processes, on one machine or many (docs/pods.md)",
         "every process gets the same command, with its own process id",
     ).add_argument
-    flag, seconds = processes.FLAG, {"type": _positive, "metavar": "SECONDS"}
+    flag = processes.FLAG
+    seconds: dict[str, Any] = {"type": _positive, "metavar": "SECONDS"}
     auto = "use JAX's cluster detection: TPU pods, SLURM, Open MPI, Kubernetes"
     add(f"{flag}auto", action="store_true", default=None, help=auto)
     coordinator = "address that process 0 listens on (JAX_COORDINATOR_ADDRESS)"

@@ -50,7 +50,7 @@ class Values:
         return cast("_T", value)
 
     def only(self, key: str, allowed: object, *, required: bool = False) -> None:
-        """Raises UserError unless the key has the supported value, or is missing and not required."""
+        """Raises UserError unless the value is supported, or is missing and not required."""
         value = self.values.get(key)
         if value != allowed and (required or value is not None):
             raise self.refuse(key, value, f"{allowed!r}, all that is supported")
