@@ -173,7 +173,7 @@ def test_a_mistake_in_a_config_file_gets_one_line(tmp_path, capsys, text, said):
         (["evaluate", "{config}", "--checkpoint", "{root}/none"], "no complete checkpoint at"),
         (
             ["evaluate", "{config}", "--checkpoint", "{root}/run", "--model.hidden-size", "32"],
-            "another model: model.hidden_size is 16 there, 32 here",
+            "another model: model.hidden_size is 16 in its run and 32 in the config",
         ),
         (["generate", "{config}", "--checkpoint", "{root}/run", "--prompt", "a="], "alphabet"),
         (["generate", "{config}", "--checkpoint", "{root}/run", "--prompt", ""], "empty"),

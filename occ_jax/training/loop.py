@@ -230,7 +230,8 @@ class Run:
         self, state: TrainState, batches: list[Batch], step: int
     ) -> tuple[TrainState, list[Metrics]]:
         """Does the updates of one rollout; nothing here waits for the device."""
-        programs, every = self.setup.programs, self.setup.config.mtp.measure_every
+        programs, config = self.setup.programs, self.setup.config
+        every = 1 if active_estimator(config) is None else config.mtp.measure_every
         updates: list[Metrics] = []
         for number, batch in enumerate(batches, start=(step - 1) * len(batches)):
             update = programs.update if number % every == 0 else programs.update_between
