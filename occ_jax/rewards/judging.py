@@ -63,7 +63,7 @@ def open_pool(config: Config) -> VerifierPool:
         if source not in sources:
             raise UserError(
                 f"reward.per_source names {source!r}, which this config neither trains nor "
-                f"evaluates on; it has {', '.join(dict.fromkeys(sources))}"
+                f"evaluates on; this config has {', '.join(dict.fromkeys(sources))}"
             )
     return VerifierPool([verifier_of(config, source) for source in sources], config.reward)
 
