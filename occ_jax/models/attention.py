@@ -61,9 +61,8 @@ def attend(
     arrays, factor = (query, key, value), width**-0.5 if scale is None else scale
     # With a cache the queries are few and the scores are not square: no kernel is made for that.
     whole = isinstance(columns.index, int) and query.shape[1] == key.shape[1]
-    kernel = (
-        kernels.choose_kernel(config.attention_kernel, query.dtype, width) if whole else "plain"
-    )
+    choice = config.attention_kernel if whole else "plain"
+    kernel = kernels.choose_kernel(choice, query.dtype, width)
     if kernel == "splash":
         out = kernels.attend_by_splash(*arrays, columns.valid, factor, BY_HEAD)
     elif kernel == "cudnn":
