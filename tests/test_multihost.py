@@ -179,20 +179,21 @@ def test_two_processes_are_one_of_eight_devices(one_process, two_processes):
     assert 0 < rows[-1]["critic/score/mean"] < 1
     for row, other in zip(rows, rows_alone, strict=True):
         assert row.keys() == other.keys()
-        # c is a sum that cancels; what it is rounded to is a share of what it could be, |g| |h|.
+        # Later updates carry on the float32 rounding of earlier ones, so the tolerance grows with
+        # steps. c and λc - λ²G/2 are sums that cancel: their tolerance is a share of their terms.
+        share = 3e-6 * (1 + row["step"])
         most = row.get("actor/grad_norm", 0.0) * row.get("occ/penalty_1_1", 0.0) ** 0.5
+        expected = {**other, **other.get("per_update", {})}
         for name, value in {**row, **row.get("per_update", {})}.items():
+            close = 1e-6
+            if name == "occ/correlation_1":
+                close = share * most
+            elif name == "occ/predicted_gain":
+                size = np.max(np.abs(expected["occ/coefficient_1"]))
+                close = share * (size * most + size**2 * row["occ/penalty_1_1"])
             if name != "per_update":
-                expected = {**other, **other.get("per_update", {})}
-                wanted = expected[name]
-                close = 1e-5 * most if name == "occ/correlation_1" else 1e-6
-                if name == "occ/predicted_gain":  # λc - λ²G/2 cancels too: the errors of c and G
-                    size = np.max(np.abs(expected["occ/coefficient_1"]))
-                    close = 1e-5 * (size * most + size**2 * row["occ/penalty_1_1"])
-                # G is |h|^2: an h that is 1e-5 off has a square that is 2e-5 off.
-                share = 2e-5 if name == "occ/penalty_1_1" else 1e-5
                 np.testing.assert_allclose(
-                    value, wanted, rtol=share, atol=close, err_msg=f"{name} of {row['step']}"
+                    value, expected[name], share, close, err_msg=f"{name} of {row['step']}"
                 )
     assert samples == samples_alone
 
