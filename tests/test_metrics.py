@@ -294,7 +294,7 @@ def test_disabled_charts_write_nothing(tmp_path, alone, monkeypatch):
     ("mode", "missing", "project", "said"),
     [
         ("nearby", False, "tiny", "WANDB_MODE is 'nearby'"),
-        ("", True, "tiny", r"pip install -e '\.\[wandb\]'"),
+        ("", True, "tiny", r"pip install 'occ_jax\[wandb\]'"),
         ("", False, "a/b", "run.wandb_project is 'a/b'; it must have"),
     ],
 )

@@ -51,7 +51,7 @@ def topology(name: str) -> Machine:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology {name} needs the compiler for TPUs: pip install -e '.[plan]' in an "
+            f"--topology {name} needs the compiler for TPUs: pip install 'occ_jax[plan]' in an "
             "environment of its own; --devices N plans with the CPU's compiler instead"
         )
     # Keeps libtpu from asking where it runs: on no TPU.

@@ -37,7 +37,7 @@ def check_charts(config: Config) -> None:
         importlib.import_module("wandb.errors")
     except ImportError as error:
         raise UserError(
-            "run.wandb_project needs the package wandb: pip install -e '.[wandb]'"
+            "run.wandb_project needs the package wandb: pip install 'occ_jax[wandb]'"
         ) from error
     project = config.run.wandb_project
     if len(project) > 128 or set(project) & set("/\\#?%:"):
